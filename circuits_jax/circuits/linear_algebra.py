@@ -1,0 +1,37 @@
+"""The dense linear algebra that the circuits need, safe on every backend.
+
+Two rules hold for all of it. Matmul precision is HIGHEST: the defaults of TPU (bfloat16) and H100 (tf32) would
+spoil spectra. And on CPU a batch of factorisations runs one matrix after the other: jaxlib spreads a batched LAPACK
+call over the same few threads that run the program, and two such calls in one program, or one under forced host
+devices, can wait for each other forever on a machine with two cores.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+def _one_at_a_time_on_cpu(factorise: Callable[[Array], Any], signature: str) -> Callable[[Array], Any]:
+    serial = jnp.vectorize(jax.custom_batching.sequential_vmap(factorise), signature=signature)
+
+    def factorise_batch(matrices: Array) -> Any:
+        return jax.lax.platform_dependent(matrices, cpu=serial, default=factorise)
+
+    return factorise_batch
+
+
+qr = _one_at_a_time_on_cpu(lambda a: tuple(jnp.linalg.qr(a)), "(m,n)->(m,r),(r,n)")
+qr.__doc__ = "Thin QR of [...,M,N]: orthonormal columns [...,M,r] and upper triangle [...,r,N], r = min(M,N)."
+
+svd = _one_at_a_time_on_cpu(lambda a: tuple(jnp.linalg.svd(a, full_matrices=False)), "(m,n)->(m,r),(r),(r,n)")
+svd.__doc__ = "Thin SVD of [...,M,N]: U [...,M,r], singular values [...,r] in falling order, V^T [...,r,N]."
+
+eigenvalues = _one_at_a_time_on_cpu(jnp.linalg.eigvals, "(n,n)->(n)")
+eigenvalues.__doc__ = "Complex eigenvalues [...,N] of real [...,N,N], unsorted. Has no TPU lowering yet."

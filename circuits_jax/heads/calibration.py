@@ -1,0 +1,103 @@
+"""From scores to verdicts: thresholds that never see the runs they judge, and how good a score is.
+
+Everything here is NumPy on the host, over arrays with the runs S in front.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy import optimize, stats
+
+
+def fit_threshold(scores: np.ndarray, truth: np.ndarray) -> float:
+    """The score at which a logistic regression of truth on score gives 1/2.
+
+    Args:
+        scores: any shape, finite.
+        truth: bool, the same shape.
+
+    Returns:
+        A threshold for `scores > threshold`. Of classes that do not overlap, about the middle between them. Infinity
+        where nothing is true, so that nothing is labelled; just below the smallest score where everything is.
+    """
+    x, y = np.ravel(scores).astype(float), np.ravel(truth)
+    if not y.any():
+        return np.inf
+    if y.all():
+        return float(np.nextafter(x.min(), -np.inf))
+    scale = x.std() or 1.0
+    sign = np.where(y, 1.0, -1.0)
+
+    def loss(parameters: np.ndarray) -> float:
+        log_slope, middle = parameters
+        margin = sign * np.exp(log_slope) * (x - middle) / scale
+        return float(np.logaddexp(0.0, -margin).mean() + 1e-4 * log_slope**2)
+
+    between = (x[y].mean() + x[~y].mean()) / 2
+    return float(optimize.minimize(loss, [1.0, between], method="Nelder-Mead").x[1])
+
+
+def fit_halves(scores: np.ndarray, truth: np.ndarray, usable: np.ndarray) -> np.ndarray:
+    """Two thresholds, [2]: for the runs at even places, fitted on those at odd places, and the other way round.
+
+    Args:
+        scores, truth: [S,...].
+        usable: [S] bool; runs that must not be fitted on are left out.
+
+    Returns:
+        Infinity where the other half has no usable run.
+    """
+    place = np.arange(len(scores)) % 2
+    other = [usable & (place != half) for half in (0, 1)]
+    return np.asarray([fit_threshold(scores[runs], truth[runs]) for runs in other])
+
+
+def exceeds(scores: np.ndarray, halves: np.ndarray) -> np.ndarray:
+    """scores [S,...] > the threshold of each run's half, as fit_halves gave them; False for NaN."""
+    thresholds = halves[np.arange(len(scores)) % 2]
+    return scores > thresholds.reshape(-1, *[1] * (scores.ndim - 1))
+
+
+def auroc(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Chance in [0, 1] that a true case scores above a false one, ties half; NaN when either is missing."""
+    x, y = np.ravel(scores), np.ravel(truth)
+    if y.all() or not y.any():
+        return float("nan")
+    return float(stats.mannwhitneyu(x[y], x[~y]).statistic / (y.sum() * (~y).sum()))
+
+
+def precision(labels: np.ndarray, truth: np.ndarray) -> float:
+    """Share of the labelled that is true; NaN when nothing is labelled."""
+    return float((labels & truth).sum() / labels.sum()) if labels.any() else float("nan")
+
+
+def recall(labels: np.ndarray, truth: np.ndarray) -> float:
+    """Share of the true that is labelled; NaN when nothing is true."""
+    return float((labels & truth).sum() / truth.sum()) if truth.any() else float("nan")
+
+
+def proportion_interval(successes: int, n: int) -> tuple[float, float]:
+    """95 % Wilson interval of a proportion; (0, 1) for n = 0."""
+    if n == 0:
+        return 0.0, 1.0
+    interval = stats.binomtest(successes, n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def bootstrap_interval(
+    statistic: Callable[..., float], *arrays: np.ndarray, n_resamples: int = 500, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of statistic(*arrays) when whole runs are drawn again.
+
+    Args:
+        statistic: of arrays [S,...]; resamples where it is NaN are left out.
+        arrays: with the same S in front.
+    """
+    random = np.random.default_rng(seed)
+    n = len(arrays[0])
+    draws = [random.integers(0, n, n) for _ in range(n_resamples)]
+    values = np.asarray([statistic(*(a[draw] for a in arrays)) for draw in draws])
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return float("nan"), float("nan")
+    return float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))

@@ -1,0 +1,92 @@
+"""All that speaks for previous-token and induction heads in one model: weights, attention and causal effects."""
+
+import jax
+from jax import Array
+
+from circuits_jax.circuits.composition import composition_scores
+from circuits_jax.circuits.spectra import copying_score
+from circuits_jax.circuits.weights import CircuitWeights
+from circuits_jax.heads import effects, nulls, patterns, signatures
+from circuits_jax.models.transformer import Params, TransformerConfig, forward
+from circuits_jax.tasks.batch import Batch
+
+
+def from_attention(config: TransformerConfig, params: Params, batch: Batch, looks_back: Array) -> dict[str, Array]:
+    """Pattern scores of every head, averaged over the batch: {name: [L,H]}.
+
+    Args:
+        config, params: the model.
+        batch: B sequences with repeats; scores of what an induction head does count the queries in batch.mask.
+        looks_back: [T] bool, the queries that count for a previous-token head.
+    """
+    _, seen = forward(config, params, batch.tokens)
+
+    def of_sequence(pattern: Array, tokens: Array, mask: Array) -> dict[str, Array]:
+        return {
+            "previous_token": patterns.previous_token(pattern, looks_back),
+            "induction": patterns.induction(pattern, tokens, mask),
+            "duplicate_token": patterns.duplicate_token(pattern, tokens, mask),
+            "same_position": patterns.same_position(pattern, mask),
+            "first_token": patterns.first_token(pattern, mask),
+            "entropy": patterns.entropy(pattern, mask),
+        }
+
+    per_head = jax.vmap(jax.vmap(of_sequence, (0, None, None)), (0, None, None))
+    scores = jax.vmap(per_head)(seen.patterns, batch.tokens, batch.mask)
+    return {f"{name}_attention": value.mean(0) for name, value in scores.items()}
+
+
+def from_weights(
+    config: TransformerConfig, params: Params, looks_back: Array, n_distractors: float | Array
+) -> dict[str, Array]:
+    """Weight-only scores from matrix products alone, cheap enough to take during training.
+
+    {previous_token_weights, induction_weights: [L,H], edge_weights: [L,H,L,H]}; induction and edges are in units of
+    induction attention, as signatures.induction predicts them.
+    """
+    weights = CircuitWeights.from_params(config, params)
+    predicted = signatures.induction(weights, looks_back, n_distractors)
+    return {
+        "previous_token_weights": signatures.previous_token(weights, looks_back),
+        "induction_weights": predicted.joint_edges,
+        "edge_weights": predicted.edges,
+    }
+
+
+def from_spectra(config: TransformerConfig, params: Params, key: Array) -> dict[str, Array]:
+    """{copying: [L,H], copying_null: scalar, k_gap, k_frobenius: [L,H,L,H]}: the scores that rival from_weights."""
+    weights = CircuitWeights.from_params(config, params)
+    return {
+        "copying": copying_score(weights),
+        "copying_null": nulls.copying_threshold(weights, key),
+        "k_gap": signatures.k_composition(weights),
+        "k_frobenius": composition_scores(weights).k,
+    }
+
+
+def from_effects(config: TransformerConfig, params: Params, batch: Batch) -> dict[str, Array]:
+    """Every head ablated and every edge cut; the axis in front of an edge is q, k, v.
+
+    {ablation_loss: [L,H], edge_loss, edge_effect: [3,L,H,L,H], joint_loss, joint_effect: [3,L,H]}; an effect is the
+    fall of the receiver's own induction attention.
+    """
+    edges = effects.cut_edges(config, params, batch)
+    return {
+        "ablation_loss": effects.ablate_heads(config, params, batch).loss,
+        "edge_loss": edges.loss,
+        "edge_effect": edges.induction,
+        "joint_loss": edges.joint_loss,
+        "joint_effect": edges.joint_induction,
+    }
+
+
+def everything(
+    config: TransformerConfig, params: Params, batch: Batch, looks_back: Array, n_distractors: float, key: Array
+) -> dict[str, Array]:
+    """All of the above for one model; jax.lax.map it over runs, not vmap, to bound the memory."""
+    return {
+        **from_attention(config, params, batch, looks_back),
+        **from_weights(config, params, looks_back, n_distractors),
+        **from_spectra(config, params, key),
+        **from_effects(config, params, batch),
+    }

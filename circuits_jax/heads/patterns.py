@@ -1,0 +1,59 @@
+"""What a head did: scores of one attention pattern [T,T], each in [0, 1]; heads and batches come from vmap.
+
+Every score is a mean over queries. `queries` [T] bool picks those that count, because a head does its work only
+where the task needs it: a previous-token head that serves an induction head attends back at positions below the
+longest period and anywhere after, and its mean over all positions reads .5 for a perfect one.
+A score is NaN when no query counts.
+"""
+
+import chex
+import jax.numpy as jnp
+from jax import Array
+
+
+def previous_token(pattern: Array, queries: Array) -> Array:
+    """Mean over queries t >= 1 of the attention to t - 1; 1/(t+1) each for uniform attention."""
+    back = jnp.diagonal(pattern, offset=-1)
+    return jnp.mean(back, where=queries[1:])
+
+
+def same_position(pattern: Array, queries: Array) -> Array:
+    """Mean over queries t of the attention to t itself."""
+    return jnp.mean(jnp.diagonal(pattern), where=queries)
+
+
+def first_token(pattern: Array, queries: Array) -> Array:
+    """Mean over queries t >= 1 of the attention to position 0. In a decoder often a resting place, not a function."""
+    return jnp.mean(pattern[1:, 0], where=queries[1:])
+
+
+def duplicate_token(pattern: Array, tokens: Array, queries: Array) -> Array:
+    """Mean over queries t with an earlier copy of token t of the attention to all those copies."""
+    copies = earlier_copies(tokens)
+    return jnp.mean(jnp.sum(pattern * copies, axis=-1), where=queries & copies.any(-1))
+
+
+def induction(pattern: Array, tokens: Array, queries: Array) -> Array:
+    """Mean over queries t with an earlier copy of token t of the attention to the positions after those copies.
+
+    Prefix matching of Olsson et al. 2209.11895. Queries without an earlier copy do not count, so a perfect head
+    scores 1 on [BOS, r, r]. The position after a copy never lies after t; where it is t itself (the token directly
+    before t is its copy) it does not count as a target.
+    """
+    copies = earlier_copies(tokens)
+    after = jnp.pad(copies, ((0, 0), (1, 0)))[:, :-1] & ~jnp.eye(len(tokens), dtype=bool)
+    return jnp.mean(jnp.sum(pattern * after, axis=-1), where=queries & after.any(-1))
+
+
+def entropy(pattern: Array, queries: Array) -> Array:
+    """Mean over queries t >= 1 of H(attention of t) / ln(t + 1): 0 for one key, 1 for uniform attention."""
+    p_log_p = jnp.where(pattern > 0, pattern * jnp.log(jnp.where(pattern > 0, pattern, 1.0)), 0.0)
+    most = jnp.log(jnp.arange(1, len(pattern)) + 1.0)
+    return jnp.mean(-p_log_p.sum(-1)[1:] / most, where=queries[1:])
+
+
+def earlier_copies(tokens: Array) -> Array:
+    """[T,T] bool: entry (t,j) is true where j < t holds the same token as t."""
+    chex.assert_rank(tokens, 1)
+    same = tokens[:, None] == tokens[None, :]
+    return jnp.tril(same, k=-1)

@@ -1,0 +1,124 @@
+"""Which heads are previous-token and induction heads: by weights, by attention, by causal effect, each on its own.
+
+An edge is true when cutting it lowers the receiver's own induction attention by more than EFFECT_THRESHOLD; a sender
+with such an edge is a previous-token head, and a receiver whose edges together do so is an induction head. The
+thresholds for weights and attention are fitted to that truth on one half of the runs and judge the other half.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from circuits_jax.heads.calibration import exceeds, fit_halves
+
+Evidence = Mapping[str, np.ndarray]
+"""What heads.evidence.everything gives, with the runs S in front; NaN for a run that cannot be judged."""
+
+EFFECT_THRESHOLD = 0.2  # fixed before these runs: calibrated on others, where it separates real edges from none
+K_INPUT = 1  # place of k in the q, k, v axis of an edge effect
+KINDS = ("weights", "attention", "effect")
+TYPES = ("previous_token", "induction")
+
+
+@dataclasses.dataclass(frozen=True)
+class Thresholds:
+    """Thresholds for the runs at even and odd places, [2] each, by the name of the score."""
+
+    halves: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdicts:
+    """Verdicts on every head and edge of S runs.
+
+    Attributes:
+        heads: {type: {kind of evidence: bool [S,L,H]}}.
+        edges: {"weights", "effect": bool [S,L,H,L,H]}, sender first.
+    """
+
+    heads: dict[str, dict[str, np.ndarray]]
+    edges: dict[str, np.ndarray]
+
+    def agreed(self, head_type: str) -> np.ndarray:
+        """Where all three kinds of evidence say so: bool [S,L,H]. Only such a head is reported without a caveat."""
+        return np.logical_and.reduce([self.heads[head_type][kind] for kind in KINDS])
+
+
+def fit(evidence: Evidence) -> Thresholds:
+    """Thresholds from the runs that were trained to grow the circuit; see calibration.fit_halves."""
+    truth, usable = causal(evidence), sound(evidence)
+    pairs = earlier(evidence["edge_weights"])
+    fitted = {
+        "edge_weights": fit_halves(evidence["edge_weights"][:, pairs], edge_truth(evidence)[:, pairs], usable),
+        "previous_token_edges": fit_halves(strongest_edge(evidence), truth["previous_token"], usable),
+    }
+    for name in ("induction_weights", "induction_attention", "previous_token_attention"):
+        fitted[name] = fit_halves(evidence[name], truth[name.rsplit("_", 1)[0]], usable)
+    return Thresholds(fitted)
+
+
+def judge(evidence: Evidence, thresholds: Thresholds) -> Verdicts:
+    """Verdicts on runs of any kind, those of the fit or controls at the same places."""
+    over = thresholds.halves
+    truth = causal(evidence)
+    copies = evidence["copying"] > evidence["copying_null"][:, None, None]
+    return Verdicts(
+        heads={
+            "previous_token": {
+                "weights": exceeds(strongest_edge(evidence), over["previous_token_edges"]),
+                "attention": exceeds(evidence["previous_token_attention"], over["previous_token_attention"]),
+                "effect": truth["previous_token"],
+            },
+            "induction": {
+                "weights": exceeds(evidence["induction_weights"], over["induction_weights"]) & copies,
+                "attention": exceeds(evidence["induction_attention"], over["induction_attention"]),
+                "effect": truth["induction"],
+            },
+        },
+        edges={"weights": exceeds(evidence["edge_weights"], over["edge_weights"]), "effect": edge_truth(evidence)},
+    )
+
+
+def causal(evidence: Evidence) -> dict[str, np.ndarray]:
+    """The truth about heads, {type: bool [S,L,H]}."""
+    return {
+        "previous_token": edge_truth(evidence).any((-2, -1)),
+        "induction": evidence["joint_effect"][:, K_INPUT] > EFFECT_THRESHOLD,
+    }
+
+
+def edge_truth(evidence: Evidence) -> np.ndarray:
+    """The truth about K-edges, bool [S,L,H,L,H]."""
+    return evidence["edge_effect"][:, K_INPUT] > EFFECT_THRESHOLD
+
+
+def strongest_edge(evidence: Evidence) -> np.ndarray:
+    """The largest weight-only edge out of each head, [S,L,H]: its score as a previous-token head."""
+    return evidence["edge_weights"].max((-2, -1))
+
+
+def earlier(edges: np.ndarray) -> np.ndarray:
+    """The pairs of edges [...,L,H,L,H] whose sender is in an earlier layer: bool [L,H,L,H]."""
+    n_layers, n_heads = edges.shape[-2:]
+    layer = np.arange(n_layers)
+    pairs = layer[:, None, None, None] < layer[:, None]
+    return np.broadcast_to(pairs, (n_layers, n_heads, n_layers, n_heads))
+
+
+def sound(evidence: Evidence) -> np.ndarray:
+    """Runs that can be judged: bool [S]."""
+    return np.isfinite(evidence["induction_attention"]).all((-2, -1))
+
+
+def partners_right(evidence: Evidence) -> np.ndarray:
+    """For every induction head (by effect) with a true edge: is its strongest sender by weights the one by effect?
+
+    Returns:
+        Float [S,L,H]: 1, 0, or NaN where the question does not arise.
+    """
+    weights, effects = evidence["edge_weights"], evidence["edge_effect"][:, K_INPUT]
+    runs, layers, heads = weights.shape[:3]
+    best = [edges.reshape(runs, layers * heads, layers, heads).argmax(1) for edges in (weights, effects)]
+    asked = causal(evidence)["induction"] & edge_truth(evidence).any((1, 2))
+    return np.where(asked, best[0] == best[1], np.nan)

@@ -1,0 +1,304 @@
+"""The report of the main job: which heads were grown, whether weights, attention and effects agree, and the figures."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import xarray
+
+from circuits_jax.heads import calibration, verdicts
+from circuits_jax.heads.calibration import bootstrap_interval, proportion_interval
+from circuits_jax.heads.verdicts import K_INPUT, KINDS, TYPES, Verdicts
+from circuits_jax.reports import page, plots, results
+from circuits_jax.reports.run_folder import Figure
+from circuits_jax.training.formation import formation_step
+from circuits_jax.training.train import Run
+
+LEARNED, LEARNED_BY = 0.98, 300
+FORMED = 0.5  # accuracy or attention at which something counts as formed
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """One kind of run: what was trained, what was found on the final models, and the verdicts."""
+
+    seeds: np.ndarray
+    run: Run
+    evidence: verdicts.Evidence
+    verdicts: Verdicts
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A recovered pair on one sequence: sender and receiver are (layer, head), patterns [T,T], eigenvalues complex."""
+
+    seed: int
+    sender: tuple[int, int]
+    receiver: tuple[int, int]
+    tokens: np.ndarray
+    patterns: dict[str, np.ndarray]
+    eigenvalues: dict[str, np.ndarray]
+
+
+def strongest_pair(evidence: verdicts.Evidence) -> tuple[int, tuple[int, int], tuple[int, int]]:
+    """(run, sender, receiver) of the K-edge with the largest effect."""
+    effect = np.nan_to_num(evidence["edge_effect"][:, K_INPUT], nan=-np.inf)
+    run, *edge = (int(i) for i in np.unravel_index(effect.argmax(), effect.shape))
+    return run, (edge[0], edge[1]), (edge[2], edge[3])
+
+
+def formation(run: Run) -> dict[str, np.ndarray]:
+    """Measured step at which accuracy, and the best head's attention of either type, first reach FORMED: {name: [S]}."""
+    best = lambda name: run.measurements[name].max((-2, -1))  # noqa: E731
+    values = {
+        "accuracy": run.measurements["accuracy"],
+        "previous_token": best("previous_token_attention"),
+        "induction": best("induction_attention"),
+    }
+    return {name: formation_step(run.steps, value, FORMED) for name, value in values.items()}
+
+
+def figures(outcomes: Mapping[str, Outcome]) -> dict[str, Figure]:
+    """The numbers of the run against their aims; outcomes are those of "repeats", "iid" and "one_layer"."""
+    main, iid, one_layer = outcomes["repeats"], outcomes["iid"], outcomes["one_layer"]
+    ok = verdicts.sound(main.evidence)
+    found = {name: value[ok] for name, value in main.evidence.items()}
+    n = int(ok.sum())
+    pairs = verdicts.earlier(found["edge_weights"])
+    truth = verdicts.edge_truth(found)[:, pairs]
+    labels = main.verdicts.edges["weights"][ok][:, pairs]
+    edges = {name: found[name][:, pairs] for name in ("edge_weights", "k_gap", "k_frobenius")}
+    effect = found["edge_effect"][:, K_INPUT][:, pairs]
+    right = verdicts.partners_right(found)
+
+    by_then = main.run.measurements["accuracy"][ok][:, main.run.steps <= LEARNED_BY].max(-1, initial=0.0) >= LEARNED
+    control_ok = verdicts.sound(one_layer.evidence)
+    control_accuracy = one_layer.run.measurements["accuracy"][control_ok, -1]
+    formed = {name: steps[ok] for name, steps in formation(main.run).items()}
+    kinds = ", ".join(KINDS)
+
+    def over_runs(text: str, statistic: Any, *arrays: np.ndarray, aim: tuple[str, float] | None = None) -> Figure:
+        return Figure(text, statistic(*arrays), bootstrap_interval(statistic, *arrays), aim)
+
+    out = {
+        "learned_by_step_300": Figure(
+            f"runs at {LEARNED:.0%} accuracy on repeats by step {LEARNED_BY}",
+            float(by_then.mean()) if n else np.nan,
+            proportion_interval(int(by_then.sum()), n),
+            (">=", 1.0),
+        ),
+        "one_layer_accuracy": Figure(
+            "one-layer control: best final accuracy", control_accuracy.max(initial=0.0), None, ("<=", 0.45)
+        ),
+        "one_layer_induction_heads": Figure(
+            f"one-layer control: induction heads by any of {kinds}", _any_kind(one_layer), None, ("<=", 0)
+        ),
+        "iid_induction_heads": Figure(
+            f"i.i.d. control: induction heads by any of {kinds}", _any_kind(iid), None, ("<=", 0)
+        ),
+        "edge_auroc": over_runs(
+            "edges by weights against causal truth: AUROC", calibration.auroc, edges["edge_weights"], truth,
+            aim=(">=", 0.995),
+        ),
+        "edge_precision": over_runs(
+            "edges by weights: precision, threshold from the other half", calibration.precision, labels, truth,
+            aim=(">=", 0.95),
+        ),
+        "edge_recall": over_runs(
+            "edges by weights: recall, threshold from the other half", calibration.recall, labels, truth,
+            aim=(">=", 0.95),
+        ),
+        "best_partner": over_runs(
+            "strongest sender of an induction head right by weights", _nanmean, right, aim=(">=", 0.97)
+        ),
+        "edge_correlation": over_runs(
+            "predicted against measured effect of an edge: correlation", _correlation, edges["edge_weights"], effect
+        ),
+        "edge_auroc_gap": over_runs(
+            "for comparison, diagonal gap alone: AUROC", calibration.auroc, edges["k_gap"], truth
+        ),
+        "edge_auroc_frobenius": over_runs(
+            "for comparison, Frobenius K-composition alone: AUROC", calibration.auroc, edges["k_frobenius"], truth
+        ),
+    }  # fmt: skip
+    for head_type in TYPES:
+        name = head_type.replace("_", "-")
+        heads = main.verdicts.heads[head_type]
+        same = (heads["weights"] == heads["effect"]) & (heads["attention"] == heads["effect"])
+        out[f"{head_type}_agreement"] = over_runs(f"{name} verdicts on which {kinds} agree", _mean, same[ok])
+        per_run = main.verdicts.agreed(head_type).sum((-2, -1))[ok].astype(float)
+        out[f"{head_type}_heads"] = over_runs(f"{name} heads a run, by all of {kinds}", _mean, per_run)
+    for name, steps in formed.items():
+        text = f"step at which {name.replace('_', '-')} reaches {FORMED}, median"
+        out[f"{name}_formed"] = over_runs(text, _nanmedian, steps)
+    out["diverged"] = Figure("diverged runs, all kinds", sum(int(o.run.diverged.sum()) for o in outcomes.values()))
+    return out
+
+
+def _any_kind(outcome: Outcome) -> float:
+    return float(np.logical_or.reduce([outcome.verdicts.heads["induction"][kind] for kind in KINDS]).sum())
+
+
+def _mean(x: np.ndarray) -> float:
+    return float(x.mean()) if x.size else float("nan")
+
+
+def _nanmean(x: np.ndarray) -> float:
+    return _mean(x[np.isfinite(x)])
+
+
+def _nanmedian(x: np.ndarray) -> float:
+    x = x[np.isfinite(x)]
+    return float(np.median(x)) if x.size else float("nan")
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> float:
+    x, y = x.ravel(), y.ravel()
+    return float(np.corrcoef(x, y)[0, 1]) if x.size and x.std() and y.std() else float("nan")
+
+
+def figure_table(found: Mapping[str, Figure]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: figure, value, interval, aim, met."""
+    rows = []
+    for figure in found.values():
+        interval = "" if figure.interval is None else f"{figure.interval[0]:.3g} to {figure.interval[1]:.3g}"
+        met = {None: "", True: "yes", False: "no"}[figure.met]
+        value = f"{figure.value:.4g}" if np.isfinite(figure.value) else "none"
+        rows.append([figure.text, value, interval, figure.aim_text or "", met])
+    return ["figure", "value", "95 % interval", "aim", "met"], rows
+
+
+def verdict_table(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
+    """Header and rows, one for each run: the heads by each kind of evidence, whether they agree, when they formed."""
+    header = ["seed", "accuracy"]
+    header += [f"{name.replace('_', '-')}: {kind}" for name in TYPES for kind in KINDS]
+    header += [f"{name.replace('_', '-')} formed" for name in ("accuracy", *TYPES)] + ["all agree"]
+    formed = formation(outcome.run)
+    rows = []
+    for i, seed in enumerate(outcome.seeds):
+        if outcome.run.diverged[i]:
+            rows.append([str(seed), "diverged"] + [""] * (len(header) - 2))
+            continue
+        heads = [outcome.verdicts.heads[name][kind][i] for name in TYPES for kind in KINDS]
+        agree = all((heads[3 * j] == heads[3 * j + k]).all() for j in range(2) for k in (1, 2))
+        when = [formed[name][i] for name in ("accuracy", *TYPES)]
+        rows.append(
+            [str(seed), f"{outcome.run.measurements['accuracy'][i, -1]:.3f}"]
+            + [_names(found) for found in heads]
+            + [f"{step:.0f}" if np.isfinite(step) else "never" for step in when]
+            + ["yes" if agree else "no"]
+        )
+    return header, rows
+
+
+def _names(heads: np.ndarray) -> str:
+    return " ".join(f"{layer}.{head}" for layer, head in np.argwhere(heads)) or "none"
+
+
+def datasets(outcomes: Mapping[str, Outcome], settings: Mapping[str, Any]) -> dict[str, xarray.Dataset]:
+    """Everything measured, labelled, one data set for each kind of run."""
+    heads, edges = ("run", "layer", "head"), ("run", "sender_layer", "sender_head", "layer", "head")
+    shapes = {
+        "copying_null": ("run",),
+        **dict.fromkeys(("edge_weights", "k_gap", "k_frobenius"), edges),
+        **dict.fromkeys(("edge_loss", "edge_effect"), ("run", "input", *edges[1:])),
+        **dict.fromkeys(("joint_loss", "joint_effect"), ("run", "input", "layer", "head")),
+    }
+    out = {}
+    for name, outcome in outcomes.items():
+        arrays = {"training_loss": outcome.run.loss, "diverged": outcome.run.diverged}
+        dims: dict[str, tuple[str, ...]] = {"training_loss": ("run", "step"), "diverged": ("run",)}
+        for key, value in outcome.run.measurements.items():
+            arrays[f"{key}_over_training"] = value
+            dims[f"{key}_over_training"] = ("run", "step", "layer", "head")[: value.ndim]
+        for key, value in outcome.evidence.items():
+            arrays[key], dims[key] = value, shapes.get(key, heads)
+        for head_type, by_kind in outcome.verdicts.heads.items():
+            for kind, value in by_kind.items():
+                arrays[f"{head_type}_verdict_{kind}"], dims[f"{head_type}_verdict_{kind}"] = value, heads
+        for kind, value in outcome.verdicts.edges.items():
+            arrays[f"edge_verdict_{kind}"], dims[f"edge_verdict_{kind}"] = value, edges
+        coords = {"run": outcome.seeds, "step": outcome.run.steps, "input": ["q", "k", "v"]}
+        out[name] = results.dataset(arrays, dims, coords, settings)
+    return out
+
+
+def sections(outcomes: Mapping[str, Outcome], found: Mapping[str, Figure], example: Example | None) -> list:
+    """The page."""
+    main = outcomes["repeats"]
+    labels = [f"seed {seed}" for seed in main.seeds]
+    best = lambda name: main.run.measurements[name].max((-2, -1))  # noqa: E731
+    names = {"repeats": "2 layers, repeats", "iid": "control: i.i.d. data", "one_layer": "control: 1 layer"}
+    learning = plots.curves(
+        main.run.steps,
+        {
+            "training loss (nats)": {names[key]: o.run.loss for key, o in outcomes.items()},
+            "accuracy on repeats": {names[key]: o.run.measurements["accuracy"] for key, o in outcomes.items()},
+        },
+        "Learning, one thin line for each seed",
+        labels,
+    )
+    forming = plots.curves(
+        main.run.steps,
+        {
+            "by attention": {name: best(f"{name}_attention") for name in TYPES},
+            "by weights alone": {name: best(f"{name}_weights") for name in TYPES},
+        },
+        "Best head of each type through training",
+        labels,
+    )
+    ok = verdicts.sound(main.evidence)
+    pairs = verdicts.earlier(main.evidence["edge_weights"])
+    scored = plots.scatter(
+        {
+            names[key]: (
+                outcomes[key].evidence["edge_weights"][:, pairs].ravel(),
+                outcomes[key].evidence["edge_effect"][:, K_INPUT][:, pairs].ravel(),
+            )
+            for key in ("repeats", "iid")
+        },
+        "Every K-edge: what weights predict and what cutting it does",
+        "predicted fall of the receiver's induction attention, from weights alone",
+        "measured fall when the edge is cut",
+    )
+    parts = [
+        ("Figures", [page.table(*figure_table(found))]),
+        (
+            "Verdicts",
+            [
+                page.paragraph(
+                    "Heads as layer.head. Thresholds for weights and attention are fitted on the other half of the "
+                    f"seeds; an effect is a fall of induction attention above {verdicts.EFFECT_THRESHOLD}, fixed "
+                    "before. Where the three disagree, the usual reason is redundancy: of several previous-token "
+                    "heads none is needed alone. What weights establish is what inputs of the right kind would make "
+                    "a head do; only the effect column says what it does on the task."
+                ),
+                page.table(*verdict_table(main)),
+            ],
+        ),
+        ("Learning and formation", [page.figure(learning), page.figure(forming)]),
+        ("Weights against causal effects", [page.figure(scored)]),
+    ]
+    if example is not None and ok.any():
+        parts.append((f"A recovered pair, seed {example.seed}", _pair(main, example)))
+    return parts
+
+
+def _pair(main: Outcome, example: Example) -> list[str]:
+    run = int(np.flatnonzero(main.seeds == example.seed)[0])
+    tokens = [str(token) for token in example.tokens]
+    senders, receivers = example.sender[0], example.receiver[0]
+    n_heads = main.evidence["edge_weights"].shape[-1]
+    head_names = lambda layer: [f"{layer}.{head}" for head in range(n_heads)]  # noqa: E731
+    pick = lambda name, *at: main.evidence[name][(run, *at, senders, slice(None), receivers)]  # noqa: E731
+    composition = plots.heat_maps(
+        {"predicted from weights": pick("edge_weights"), "measured": pick("edge_effect", K_INPUT)},
+        "K-composition: fall of the receiver's induction attention when the edge is cut",
+        "receiving head", "sending head", head_names(receivers), head_names(senders), show_values=True,
+    )  # fmt: skip
+    patterns = plots.heat_maps(
+        example.patterns, "Attention on one sequence (tokens as ids)", "key", "query", tokens, tokens
+    )
+    spectrum = plots.complex_plane(example.eigenvalues, "Eigenvalues of W_E W_OV W_U: to the right is copying")
+    return [page.figure(composition), page.figure(patterns), page.figure(spectrum)]

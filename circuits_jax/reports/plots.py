@@ -1,0 +1,116 @@
+"""Figures (plotly), each from plain arrays; what is on them is said in the axis titles and hover texts."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+COLOURS = ("#1f6feb", "#d1495b", "#6a994e", "#8d6a9f", "#e09f3e")
+SEQUENTIAL = "Blues"
+
+
+def _layout(figure: go.Figure, height: int, title: str) -> go.Figure:
+    figure.update_layout(
+        template="plotly_white", height=height, title=title, margin={"l": 60, "r": 20, "t": 70, "b": 50},
+        font={"family": "system-ui, sans-serif", "size": 13}, legend={"groupclick": "togglegroup"},
+    )  # fmt: skip
+    return figure
+
+
+def curves(
+    steps: np.ndarray, panels: Mapping[str, Mapping[str, np.ndarray]], title: str, labels: Sequence[str]
+) -> go.Figure:
+    """One panel beside the other, each with one thin line for every run and a thick one for the median.
+
+    Args:
+        steps: [E].
+        panels: {axis title: {group of runs: [S,E]}}; a group has the same colour in every panel.
+        title: of the figure.
+        labels: [S] names of the runs, for the hover text.
+    """
+    figure = make_subplots(cols=len(panels), rows=1, subplot_titles=list(panels), horizontal_spacing=0.06)
+    groups = list(dict.fromkeys(name for panel in panels.values() for name in panel))
+    shown: set[str] = set()
+    for column, panel in enumerate(panels.values(), start=1):
+        for name, values in panel.items():
+            colour = COLOURS[groups.index(name) % len(COLOURS)]
+            common = {"x": steps, "mode": "lines", "legendgroup": name}
+            for label, values_of_run in zip(labels, values, strict=True):
+                line = go.Scatter(
+                    **common, y=values_of_run, line={"color": colour, "width": 1}, opacity=0.35, showlegend=False,
+                    hovertemplate=f"{name}, {label}<br>step %{{x}}: %{{y:.3f}}<extra></extra>",
+                )  # fmt: skip
+                figure.add_trace(line, row=1, col=column)
+            median = go.Scatter(
+                **common, y=np.nanmedian(values, axis=0), name=name, line={"color": colour, "width": 3},
+                showlegend=name not in shown, hovertemplate=f"{name}, median<br>step %{{x}}: %{{y:.3f}}<extra></extra>",
+            )  # fmt: skip
+            figure.add_trace(median, row=1, col=column)
+            shown.add(name)
+        figure.update_xaxes(title="step", row=1, col=column)
+    return _layout(figure, 380, title)
+
+
+def heat_maps(
+    maps: Mapping[str, np.ndarray],
+    title: str,
+    x_title: str,
+    y_title: str,
+    x_labels: Sequence[str],
+    y_labels: Sequence[str],
+    bounds: tuple[float, float] = (0.0, 1.0),
+    show_values: bool = False,
+) -> go.Figure:
+    """Matrices [Y,X] side by side on one colour scale, the first row on top."""
+    figure = make_subplots(cols=len(maps), rows=1, subplot_titles=list(maps), horizontal_spacing=0.08)
+    for column, matrix in enumerate(maps.values(), start=1):
+        figure.add_trace(
+            go.Heatmap(
+                z=matrix, zmin=bounds[0], zmax=bounds[1], colorscale=SEQUENTIAL, showscale=column == len(maps),
+                texttemplate="%{z:.2f}" if show_values else None,
+                hovertemplate=f"{y_title} %{{y}}, {x_title} %{{x}}: %{{z:.3f}}<extra></extra>",
+            ),
+            row=1, col=column,
+        )  # fmt: skip
+        figure.update_xaxes(title=x_title, tickvals=np.arange(len(x_labels)), ticktext=x_labels, row=1, col=column)
+        figure.update_yaxes(
+            title=y_title if column == 1 else None, autorange="reversed", tickvals=np.arange(len(y_labels)),
+            ticktext=y_labels, row=1, col=column,
+        )  # fmt: skip
+    return _layout(figure, 440, title)
+
+
+def complex_plane(spectra: Mapping[str, np.ndarray], title: str) -> go.Figure:
+    """Eigenvalues as points, one colour for each head; each head's are scaled by its largest magnitude."""
+    figure = go.Figure()
+    angle = np.linspace(0.0, 2 * np.pi, 181)
+    circle = {"x": np.cos(angle), "y": np.sin(angle), "mode": "lines", "line": {"color": "#cccccc"}}
+    figure.add_trace(go.Scatter(**circle, showlegend=False, hoverinfo="skip"))
+    for (name, values), colour in zip(spectra.items(), COLOURS * len(spectra), strict=False):
+        scaled = values / max(float(np.abs(values).max()), np.finfo(np.float32).tiny)
+        figure.add_trace(
+            go.Scatter(
+                x=scaled.real, y=scaled.imag, mode="markers", name=name, marker={"color": colour, "size": 9},
+                customdata=np.stack([values.real, values.imag], -1),
+                hovertemplate=f"{name}<br>λ = %{{customdata[0]:.3g}} + %{{customdata[1]:.3g}}i<extra></extra>",
+            )
+        )  # fmt: skip
+    figure.update_xaxes(title="Re λ / max |λ|", range=[-1.1, 1.1])
+    figure.update_yaxes(title="Im λ / max |λ|", range=[-1.1, 1.1], scaleanchor="x")
+    return _layout(figure, 480, title)
+
+
+def scatter(groups: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str, x_title: str, y_title: str) -> go.Figure:
+    """Points (x, y) in one colour for each group, with the diagonal."""
+    figure = go.Figure()
+    for (name, (x, y)), colour in zip(groups.items(), COLOURS, strict=False):
+        figure.add_trace(
+            go.Scatter(x=x, y=y, mode="markers", name=name, marker={"color": colour, "size": 5, "opacity": 0.6})
+        )
+    top = max((float(np.max(v)) for xy in groups.values() for v in xy if v.size), default=1.0)
+    diagonal = {"x": [0.0, top], "y": [0.0, top], "mode": "lines", "line": {"color": "#999999", "dash": "dot"}}
+    figure.add_trace(go.Scatter(**diagonal, name="equal", hoverinfo="skip"))
+    figure.update_xaxes(title=x_title)
+    figure.update_yaxes(title=y_title)
+    return _layout(figure, 440, title)

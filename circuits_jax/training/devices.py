@@ -1,0 +1,25 @@
+"""Settings of jax that a script makes before its first computation."""
+
+import os
+from pathlib import Path
+
+import jax
+
+
+def use_all_cores(n_runs: int) -> None:
+    """Makes each CPU core a device, at most one for each run, so that a sweep uses them all (see sweep.over_runs).
+
+    Does nothing on an accelerator, or where the number of host devices was already chosen by XLA_FLAGS.
+    """
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    jax.config.update("jax_num_cpu_devices", max(1, min(cores, n_runs)))
+
+
+def keep_compilations() -> None:
+    """Keeps compiled programs for the next run, under the user's cache folder unless JAX_COMPILATION_CACHE_DIR says."""
+    if not jax.config.jax_compilation_cache_dir:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(root) / "circuits_jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,0 +1,272 @@
+"""Do two-layer transformers grow induction heads, and do weights alone say which heads they are?
+
+    python experiments/grow_induction_heads.py              8 seeds, under a minute on two CPU cores
+    python experiments/grow_induction_heads.py --seeds 32   the figures of the README, about two minutes
+    python experiments/grow_induction_heads.py --smoke      a quick check that everything runs
+
+Trains small attention-only models on random-period repeats, over many seeds, with two controls: one-layer models, and
+two-layer models trained on i.i.d. tokens. Then asks of every head whether it is a previous-token head or an induction
+head, three times: by weights alone, by attention, and by causal effect (cut edges). No threshold sees the seeds it
+judges: those for weights and attention are fitted on the other half of the seeds (even on odd, odd on even); the
+causal one, a fall of the receiver's own induction attention above 0.2, was fixed before on other runs; copying has to
+beat the 99 % quantile of norm-matched random heads.
+
+Writes runs/<name>/: config.json, results.zarr, checkpoints/, summary.json and report.html, one page with the curves,
+patterns, spectra, composition maps and verdicts. The same command resumes a run that was stopped.
+"""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax import Array
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from circuits_jax.circuits.attention import token_ov
+from circuits_jax.circuits.weights import CircuitWeights
+from circuits_jax.heads import evidence as heads
+from circuits_jax.heads import verdicts
+from circuits_jax.models.transformer import Norm, Params, TransformerConfig, forward
+from circuits_jax.reports import induction, page, results, run_folder
+from circuits_jax.tasks.batch import Batch, accuracy, next_token_loss, sample_batch
+from circuits_jax.tasks.repeated_tokens import RepeatedTokens
+from circuits_jax.training import devices
+from circuits_jax.training.sweep import sweep
+from circuits_jax.training.train import Measure, Optimization, Run
+
+EVALUATION_SEED = 2**31 - 1  # seeds of runs are smaller in practice; data of a run never comes from this key
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to train; the defaults are the main setting."""
+
+    seeds: int = 8
+    """Number of runs of each kind."""
+    first_seed: int = 0
+    """The runs are first_seed, first_seed + 1, ... A seed gives the same run in every sweep."""
+    steps: int = 500
+    """Updates of each run."""
+    positions: Literal["shortformer", "learned", "rotary", "none"] = "shortformer"
+    """How positions enter: shortformer adds them to the inputs of q and k only."""
+    n_heads: int = 4
+    """Heads in each layer."""
+    d_model: int = 64
+    """Width of the residual stream; a multiple of n_heads, unless d_head is given."""
+    d_head: int = 0
+    """Width of a head; 0 for d_model / n_heads."""
+    d_mlp: int = 0
+    """Width of the MLPs; 0 for attention-only models."""
+    norm: Norm = "none"
+    """Norm in front of each layer."""
+    n_vocab: int = 32
+    """Tokens in the vocabulary."""
+    n_context: int = 24
+    """Length of a sequence."""
+    min_period: int = 6
+    """Shortest period of the repeats."""
+    max_period: int = 12
+    """Longest period of the repeats."""
+    batch_size: int = 32
+    """Sequences of an update."""
+    learning_rate: float = 1e-2
+    """Of AdamW, after the warm-up."""
+    weight_decay: float = 1e-2
+    """Of AdamW."""
+    warmup: int = 50
+    """Updates over which the learning rate rises."""
+    measure_every: int = 10
+    """Updates between two measurements."""
+    n_evaluation: int = 64
+    """Sequences on which accuracy, attention and causal effects are measured."""
+    smoke: bool = False
+    """At most 4 seeds and 250 updates, in a folder of their own: does everything run?"""
+    name: str = ""
+    """Of the run folder; grow_induction_heads, with _smoke for --smoke, when left out."""
+    runs_dir: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("runs")
+    """Where run folders are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """One kind of run: what is trained on what."""
+
+    name: str
+    config: TransformerConfig
+    task: RepeatedTokens
+    measure: Measure
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Checked settings, and everything that follows from them."""
+
+    settings: Settings
+    folder: Path
+    optimization: Optimization
+    seeds: range
+    measured: list[int]
+    evaluation: Batch
+    looks_back: Array
+    n_distractors: float
+    conditions: list[Condition]
+
+
+def prepare(settings: Settings) -> Plan:
+    """Raises ValueError for settings that make no sense."""
+    if settings.smoke:
+        settings = dataclasses.replace(settings, seeds=min(settings.seeds, 4), steps=min(settings.steps, 250))
+    name = settings.name or "grow_induction_heads" + "_smoke" * settings.smoke
+    if settings.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1; got {settings.seeds}: there would be nothing to train")
+    if settings.first_seed < 0 or settings.first_seed + settings.seeds >= EVALUATION_SEED:
+        raise ValueError(f"--first-seed must be in [0, 2^31 - 1 - seeds); got {settings.first_seed}")
+    for field in ("measure_every", "n_evaluation"):
+        if getattr(settings, field) < 1:
+            raise ValueError(f"{field} must be at least 1; got {getattr(settings, field)}")
+    if Path(name).name != name:
+        raise ValueError(f"--name must be a plain folder name; got {name!r}; --runs-dir says where it goes")
+    config = TransformerConfig(
+        n_vocab=settings.n_vocab, n_context=settings.n_context, n_heads=settings.n_heads, d_model=settings.d_model,
+        d_head=settings.d_head, d_mlp=settings.d_mlp, norm=settings.norm, positions=settings.positions,
+    )  # fmt: skip
+    optimization = Optimization(
+        n_steps=settings.steps, batch_size=settings.batch_size, learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay, n_warmup=settings.warmup,
+    )  # fmt: skip
+    repeats = RepeatedTokens(
+        min_period=settings.min_period, max_period=settings.max_period,
+        n_vocab=settings.n_vocab, n_context=settings.n_context,
+    )  # fmt: skip
+    repeats.validate()
+    devices.use_all_cores(settings.seeds)
+    devices.keep_compilations()
+
+    evaluation = sample_batch(repeats, jax.random.key(EVALUATION_SEED), 0, settings.n_evaluation)
+    looks_back = jnp.arange(settings.n_context) < settings.max_period
+    n_distractors = (settings.min_period + settings.max_period) / 2 - 1
+    one_layer = dataclasses.replace(config, n_layers=1)
+    measure = partial(measure_model, evaluation=evaluation, looks_back=looks_back, n_distractors=n_distractors)
+    measure_two, measure_one = partial(measure, config), partial(measure, one_layer)
+    return Plan(
+        settings=settings,
+        folder=settings.runs_dir / name,
+        optimization=optimization,
+        seeds=range(settings.first_seed, settings.first_seed + settings.seeds),
+        measured=[*range(0, settings.steps, settings.measure_every), settings.steps],
+        evaluation=evaluation,
+        looks_back=looks_back,
+        n_distractors=n_distractors,
+        conditions=[
+            Condition("repeats", config, repeats, measure_two),
+            Condition("iid", config, dataclasses.replace(repeats, noise=1.0), measure_two),
+            Condition("one_layer", one_layer, repeats, measure_one),
+        ],
+    )
+
+
+def measure_model(
+    config: TransformerConfig, params: Params, evaluation: Batch, looks_back: Array, n_distractors: float
+) -> dict[str, Array]:
+    """What is followed through training: how well the task is done, and how far the heads have come."""
+    logits, _ = forward(config, params, evaluation.tokens)
+    attention = heads.from_attention(config, params, evaluation, looks_back)
+    weights = heads.from_weights(config, params, looks_back, n_distractors)
+    names = ("previous_token", "induction")
+    return {
+        "evaluation_loss": next_token_loss(logits, evaluation),
+        "accuracy": accuracy(logits, evaluation),
+        **{f"{name}_attention": attention[f"{name}_attention"] for name in names},
+        **{f"{name}_weights": weights[f"{name}_weights"] for name in names},
+    }
+
+
+def main(plan: Plan) -> None:
+    """Trains or resumes every kind of run, analyses the final models, prints the tables and writes the run folder."""
+    console = Console()
+    settings = {**dataclasses.asdict(plan.settings), "name": plan.folder.name}
+    del settings["runs_dir"]
+    run_folder.open_run(plan.folder, settings)
+    runs, evidence = {}, {}
+    columns = (SpinnerColumn(), TextColumn("{task.description:<36}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        for condition in plan.conditions:
+            label = f"train {len(plan.seeds)} x {condition.name}"
+            bar = progress.add_task(f"{label} (compiling)", total=plan.settings.steps)
+            runs[condition.name] = sweep(
+                condition.config, plan.optimization, condition.task, plan.seeds, plan.measured, condition.measure,
+                folder=plan.folder / "checkpoints" / condition.name,
+                on_progress=lambda step, bar=bar, label=label: progress.update(bar, completed=step, description=label),
+            )  # fmt: skip
+        for condition in plan.conditions:
+            bar = progress.add_task(f"analyse {condition.name}", total=1)
+            evidence[condition.name] = analyse(plan, condition, runs[condition.name])
+            progress.update(bar, completed=1)
+
+    thresholds = verdicts.fit(evidence["repeats"])
+    outcomes = {
+        name: induction.Outcome(np.asarray(plan.seeds), run, evidence[name], verdicts.judge(evidence[name], thresholds))
+        for name, run in runs.items()
+    }
+    figures = induction.figures(outcomes)
+    results.save(plan.folder / "results.zarr", induction.datasets(outcomes, settings))
+    run_folder.write_summary(plan.folder, figures)
+    sections = induction.sections(outcomes, figures, example_pair(plan, outcomes["repeats"]))
+    run_folder.write_text(plan.folder / "report.html", page.page("Grow induction heads and recover them", sections))
+    for title, (header, rows) in (
+        ("Which heads, by which evidence (repeats, 2 layers)", induction.verdict_table(outcomes["repeats"])),
+        ("Figures", induction.figure_table(figures)),
+    ):
+        table = Table(*header, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    console.print(f"report: {plan.folder / 'report.html'}", soft_wrap=True)
+
+
+def analyse(plan: Plan, condition: Condition, run: Run) -> dict[str, np.ndarray]:
+    """All evidence on the final model of every run; NaN throughout for a run that diverged."""
+
+    def one(params: Params) -> dict[str, Array]:
+        key = jax.random.key(0)  # of the copying null
+        return heads.everything(condition.config, params, plan.evaluation, plan.looks_back, plan.n_distractors, key)
+
+    def where_sound(values: np.ndarray, otherwise: float) -> np.ndarray:
+        return np.where(run.diverged.reshape(-1, *[1] * (values.ndim - 1)), otherwise, values)
+
+    # LAPACK may never return from a NaN matrix, so a diverged run is analysed as zeros and then blanked out.
+    params = jax.tree.map(lambda x: where_sound(x, 0.0), run.params)
+    values = jax.jit(lambda stacked: jax.lax.map(one, stacked))(params)
+    return {name: where_sound(np.asarray(value), np.nan) for name, value in values.items()}
+
+
+def example_pair(plan: Plan, outcome: induction.Outcome) -> induction.Example | None:
+    """The pair with the largest causal effect, on one sequence of the evaluation data; None if every run diverged."""
+    if outcome.run.diverged.all():
+        return None
+    config = plan.conditions[0].config
+    run, sender, receiver = induction.strongest_pair(outcome.evidence)
+    params = jax.tree.map(lambda x: x[run], outcome.run.params)
+    tokens = plan.evaluation.tokens[0]
+    _, seen = forward(config, params, tokens)
+    spectra = np.asarray(jax.jit(lambda p: token_ov(CircuitWeights.from_params(config, p)).eigenvalues())(params))
+    names = {
+        f"previous-token head {sender[0]}.{sender[1]}": sender,
+        f"induction head {receiver[0]}.{receiver[1]}": receiver,
+    }
+    return induction.Example(
+        seed=int(outcome.seeds[run]), sender=sender, receiver=receiver, tokens=np.asarray(tokens),
+        patterns={name: np.asarray(seen.patterns[head]) for name, head in names.items()},
+        eigenvalues={name: spectra[head] for name, head in names.items()},
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_folder.run_command(lambda: prepare(tyro.cli(Settings, description=__doc__)), main)
