@@ -26,7 +26,7 @@ import numpy as np
 import tyro
 from jax import Array
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from circuits_jax.circuits.attention import token_ov
@@ -195,15 +195,25 @@ def main(plan: Plan) -> None:
     del settings["runs_dir"]
     run_folder.open_run(plan.folder, settings)
     runs, evidence = {}, {}
-    columns = (SpinnerColumn(), TextColumn("{task.description:<36}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description:<36}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         for condition in plan.conditions:
             label = f"train {len(plan.seeds)} x {condition.name}"
             bar = progress.add_task(f"{label} (compiling)", total=plan.settings.steps)
+
+            def show(step: int, bar: TaskID = bar, label: str = label) -> None:
+                progress.update(bar, completed=step, description=label)
+
             runs[condition.name] = sweep(
                 condition.config, plan.optimization, condition.task, plan.seeds, plan.measured, condition.measure,
                 folder=plan.folder / "checkpoints" / condition.name,
-                on_progress=lambda step, bar=bar, label=label: progress.update(bar, completed=step, description=label),
+                on_progress=show,
             )  # fmt: skip
         for condition in plan.conditions:
             bar = progress.add_task(f"analyse {condition.name}", total=1)

@@ -35,9 +35,7 @@ def composition_scores(weights: CircuitWeights) -> CompositionScores:
     What it establishes: how much of the sender's output subspace the receiver reads. Not that the receiver's
     attention depends on it: junk of a large norm scores as high as a circuit.
     """
-    r_q, r_k, r_v, r_o = linear_algebra.qr(
-        jnp.stack([weights.W_Q, weights.W_K, weights.W_V, weights.W_O.mT])
-    )[1]
+    r_q, r_k, r_v, r_o = linear_algebra.qr(jnp.stack([weights.W_Q, weights.W_K, weights.W_V, weights.W_O.mT]))[1]
     ov_norm = _norm(einsum("lhij,lhkj->lhik", r_v, r_o))
     qk_norm = _norm(einsum("lhij,lhkj->lhik", r_q, r_k))
 
@@ -46,7 +44,7 @@ def composition_scores(weights: CircuitWeights) -> CompositionScores:
         product = einsum("lhik,lhmgkj,mgnj->lhmgin", r_v, core, r_other)
         scale = ov_norm[:, :, None, None] * norm
         earlier = jnp.arange(len(reads))[:, None, None, None] < jnp.arange(len(reads))[:, None]
-        return jnp.where(earlier & (scale > 0), _norm(product) / jnp.where(scale > 0, scale, 1.0), 0.0)
+        return jnp.where(earlier & (scale != 0), _norm(product) / jnp.where(scale == 0, 1.0, scale), 0.0)
 
     return CompositionScores(
         q=score(weights.W_Q, r_k, qk_norm), k=score(weights.W_K, r_q, qk_norm), v=score(weights.W_V, r_o, ov_norm)

@@ -81,7 +81,7 @@ class LowRank:
         return jnp.linalg.norm(self._core()[1], axis=(-2, -1))
 
     def singular_values(self) -> Array:
-        """[...,min(M,N,R)] in falling order, to about float eps relative to the largest.
+        """[...,min(M,N,R)] in falling order, to about float eps of ||left|| ||right||.
 
         A circuit of lower rank than R, or zero, has singular values of exactly or nearly zero at the end.
         """

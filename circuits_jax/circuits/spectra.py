@@ -14,7 +14,7 @@ def eigenvalue_positivity(eigenvalues: Array) -> Array:
     1 when every eigenvalue is real and positive, about 0 for a random matrix, -1 when all are negative.
     """
     total = jnp.abs(eigenvalues).sum(-1)
-    return jnp.where(total > 0, eigenvalues.real.sum(-1) / jnp.where(total > 0, total, 1.0), 0.0)
+    return eigenvalues.real.sum(-1) / jnp.where(total == 0, 1.0, total)
 
 
 def copying_score(weights: CircuitWeights) -> Array:
@@ -28,7 +28,10 @@ def matching_score(weights: CircuitWeights) -> Array:
 
 
 def diagonal_gap(circuit: LowRank) -> Array:
-    """Mean diagonal minus mean off-diagonal entry, [...]: tr/V - (sum - tr)/(V (V - 1)), in the entries' units."""
+    """Mean diagonal minus mean off-diagonal entry, [...]: tr/V - (sum - tr)/(V (V - 1)), in the entries' units.
+
+    NaN for V = 1, which has no entry off the diagonal.
+    """
     size = circuit.shape[-1]
     trace = circuit.trace()
     return trace / size - (circuit.sum() - trace) / (size * (size - 1))
@@ -37,8 +40,11 @@ def diagonal_gap(circuit: LowRank) -> Array:
 def entry_variance(circuit: LowRank) -> tuple[Array, Array]:
     """Variance of the entries on the diagonal and off it, [...] each, from the Frobenius norm: V x V is not formed."""
     size = circuit.shape[-1]
-    diagonal = circuit.diagonal()
     n_off = size * (size - 1)
-    mean_off = (circuit.sum() - diagonal.sum(-1)) / n_off
-    square_off = (jnp.square(circuit.frobenius_norm()) - jnp.square(diagonal).sum(-1)) / n_off
-    return diagonal.var(-1), jnp.maximum(square_off - jnp.square(mean_off), 0.0)
+    mean_off = (circuit.sum() - circuit.trace()) / n_off
+    # The mean is taken off as one more rank: taken off the squares, it would cancel digits of a small variance.
+    shift = jnp.broadcast_to(-mean_off[..., None, None], (*circuit.left.shape[:-1], 1))
+    ones = jnp.ones((*circuit.right.shape[:-2], 1, size))
+    centred = LowRank(jnp.concatenate([circuit.left, shift], -1), jnp.concatenate([circuit.right, ones], -2))
+    square_off = jnp.square(centred.frobenius_norm()) - jnp.square(centred.diagonal()).sum(-1)
+    return circuit.diagonal().var(-1), jnp.maximum(square_off / n_off, 0.0)

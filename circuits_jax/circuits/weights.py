@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from circuits_jax.circuits.linear_algebra import einsum, matmul
 from circuits_jax.models.transformer import Norm, Params, Positions, TransformerConfig, init_params
 
 
@@ -75,9 +76,9 @@ class CircuitWeights:
             if config.norm == "layer":
                 shift = jnp.stack([p["attention_norm"]["bias"] for p in layers])
                 for name in ("Q", "K", "V"):
-                    bias = jnp.einsum("ld,lhdk->lhk", shift, weights[f"W_{name}"])
+                    bias = einsum("ld,lhdk->lhk", shift, weights[f"W_{name}"])
                     weights[f"b_{name}"] = weights.get(f"b_{name}", 0.0) + bias
-                weights["b_U"] = weights.get("b_U", 0.0) + final["bias"] @ weights["W_U"]
+                weights["b_U"] = weights.get("b_U", 0.0) + matmul(final["bias"], weights["W_U"])
             for name in ("W_Q", "W_K", "W_V"):
                 weights[name] = gain[:, None, :, None] * weights[name]
             weights["W_U"] = final["scale"][:, None] * weights["W_U"]
@@ -112,7 +113,8 @@ def check_params(config: TransformerConfig, params: Params) -> None:
     for name in sorted(wanted.keys() | given.keys()):
         if wanted.get(name) != given.get(name):
             raise ValueError(
-                f"params{name} does not fit the config: expected {_shape(wanted.get(name))}, got {_shape(given.get(name))}"
+                f"params{name} does not fit the config: expected {_shape(wanted.get(name))}, "
+                f"got {_shape(given.get(name))}"
             )
 
 
@@ -169,4 +171,5 @@ def params_from_weights(weights: CircuitWeights) -> tuple[TransformerConfig, Par
     if config.norm != "none":
         for module in (params["final_norm"], *(params[f"layer_{i}"]["attention_norm"] for i in range(n_layers))):
             module["scale"] = jnp.ones(d_model, weights.W_E.dtype)
+    check_params(config, params)
     return config, params

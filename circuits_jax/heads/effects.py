@@ -9,7 +9,7 @@ from jax import Array
 
 from circuits_jax.heads import patterns
 from circuits_jax.models.interventions import Interventions
-from circuits_jax.models.transformer import Params, Transformer, TransformerConfig
+from circuits_jax.models.transformer import Params, TransformerConfig, apply
 from circuits_jax.tasks.batch import Batch, next_token_loss
 
 
@@ -108,8 +108,7 @@ def _outcome(
     config: TransformerConfig, params: Params, batch: Batch, interventions: Interventions | None
 ) -> tuple[Array, Array]:
     """Loss and the induction attention [L,H] of every head, over the positions in batch.mask."""
-    model = Transformer(config)
-    logits, seen = jax.vmap(lambda tokens: model.apply({"params": params}, tokens, interventions))(batch.tokens)
+    logits, seen = jax.vmap(lambda tokens: apply(config, params, tokens, interventions))(batch.tokens)
     per_head = jax.vmap(jax.vmap(patterns.induction, (0, None, None)), (0, None, None))
     induction = jax.vmap(per_head)(seen.patterns, batch.tokens, batch.mask)
     return next_token_loss(logits, batch), induction.mean(0)

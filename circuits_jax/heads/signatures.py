@@ -37,7 +37,7 @@ def previous_token(weights: CircuitWeights, queries: Array) -> Array:
 
 def position_pattern(weights: CircuitWeights, length: int) -> Array:
     """The causal attention pattern that positions (and attention biases) alone would give, [L,H,T,T]."""
-    n_layers, n_heads, d_model, d_head = weights.W_Q.shape
+    n_layers, _, d_model, d_head = weights.W_Q.shape
     if weights.positions == "none":
         read = jnp.zeros((length, d_model))
     elif weights.W_P is None:

@@ -83,14 +83,14 @@ def judge(evidence: Evidence, thresholds: Thresholds) -> Verdicts:
 def causal(evidence: Evidence) -> dict[str, np.ndarray]:
     """The truth about heads, {type: bool [S,L,H]}."""
     return {
-        "previous_token": edge_truth(evidence).any((-2, -1)),
-        "induction": evidence["joint_effect"][:, K_INPUT] > EFFECT_THRESHOLD,
+        "previous_token": np.any(edge_truth(evidence), axis=(-2, -1)),
+        "induction": np.greater(evidence["joint_effect"][:, K_INPUT], EFFECT_THRESHOLD),
     }
 
 
 def edge_truth(evidence: Evidence) -> np.ndarray:
     """The truth about K-edges, bool [S,L,H,L,H]."""
-    return evidence["edge_effect"][:, K_INPUT] > EFFECT_THRESHOLD
+    return np.greater(evidence["edge_effect"][:, K_INPUT], EFFECT_THRESHOLD)
 
 
 def strongest_edge(evidence: Evidence) -> np.ndarray:
@@ -108,7 +108,7 @@ def earlier(edges: np.ndarray) -> np.ndarray:
 
 def sound(evidence: Evidence) -> np.ndarray:
     """Runs that can be judged: bool [S]."""
-    return np.isfinite(evidence["induction_attention"]).all((-2, -1))
+    return np.all(np.isfinite(evidence["induction_attention"]), axis=(-2, -1))
 
 
 def partners_right(evidence: Evidence) -> np.ndarray:

@@ -12,7 +12,7 @@ In the column convention of Elhage et al. 2021 these are W_Q^T W_K and W_O W_V.
 import dataclasses
 import math
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import flax.linen as nn
 import jax
@@ -121,6 +121,7 @@ class Normalize(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """[...,D] -> [...,D]."""
         if self.kind == "none":
             return x
         d_model = x.shape[-1]
@@ -162,6 +163,7 @@ class Attention(nn.Module):
     def __call__(
         self, x_q: Array, x_k: Array, x_v: Array, head_scale: Array | None
     ) -> tuple[Array, tuple[Array, Array, Array]]:
+        """-> output [T,D], (scores [H,T,T], pattern [H,T,T], head outputs [H,T,D]); head_scale [H] scales z."""
         config = self.config
         n_heads, d_head, d_model = config.n_heads, config.d_head, config.d_model
         read = _initializer(config, fan_in=d_model)
@@ -198,6 +200,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """[T,D] -> [T,D]."""
         config = self.config
         d_model, d_mlp = config.d_model, config.d_mlp
         hidden = x @ self.param("W_in", _initializer(config, fan_in=d_model), (d_model, d_mlp))
@@ -217,7 +220,14 @@ class Block(nn.Module):
     def __call__(
         self, x: Array, positions: Array | float, senders: list[Array], interventions: Interventions
     ) -> tuple[Array, tuple[Array, ...]]:
-        """Args: x [T,D]; positions [T,D], added to what q and k read; senders: head outputs [H,T,D] of earlier layers."""
+        """The residual stream x [T,D] after the layer, and the layer's fields of Activations after the first.
+
+        Args:
+            x: [T,D].
+            positions: [T,D], added to what q and k read.
+            senders: head outputs [H,T,D] of every earlier layer.
+            interventions: on the whole model.
+        """
         norm = Normalize(self.config.norm, name="attention_norm")
         edges = (interventions.q_edges, interventions.k_edges, interventions.v_edges)
         read_q, read_k, read_v = (norm(cut_edges(x, senders, scale, self.layer)) for scale in edges)
@@ -242,6 +252,7 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Array, interventions: Interventions | None = None) -> tuple[Array, Activations]:
+        """Tokens [T] -> logits [T,V], Activations."""
         config = self.config
         embed = _initializer(config, fan_in=config.d_model)
         w_e = self.param("W_E", embed, (config.n_vocab, config.d_model))
@@ -325,9 +336,18 @@ def forward(
 def _forward(
     config: TransformerConfig, params: Params, tokens: Array, interventions: Interventions | None
 ) -> tuple[Array, Activations]:
-    model = Transformer(config)
-    one = lambda sequence: model.apply({"params": params}, sequence, interventions)  # noqa: E731
-    return jax.vmap(one)(tokens) if tokens.ndim == 2 else one(tokens)
+    def of_sequence(sequence: Array) -> tuple[Array, Activations]:
+        return apply(config, params, sequence, interventions)
+
+    return jax.vmap(of_sequence)(tokens) if tokens.ndim == 2 else of_sequence(tokens)
+
+
+def apply(
+    config: TransformerConfig, params: Params, tokens: Array, interventions: Interventions | None = None
+) -> tuple[Array, Activations]:
+    """forward for one sequence [T], unchecked and not jitted: the building block inside other compiled programs."""
+    # Linen's apply is typed for modules that also return updated variables.
+    return cast(tuple[Array, Activations], Transformer(config).apply({"params": params}, tokens, interventions))
 
 
 def check_tokens(config: TransformerConfig, tokens: ArrayLike) -> Array:

@@ -17,6 +17,14 @@ from circuits_jax.training.train import Run
 
 LEARNED, LEARNED_BY = 0.98, 300
 FORMED = 0.5  # accuracy or attention at which something counts as formed
+READING = f"""
+Heads are named layer.head; one list where weights, attention and effect agree. Formed at step: accuracy /
+previous-token attention / induction attention first at {FORMED}. Thresholds for weights and attention are fitted on
+the other half of the seeds; an effect is a fall of the receiver's own induction attention above
+{verdicts.EFFECT_THRESHOLD}, fixed before. Where the three disagree, the usual reason is redundancy: of several
+previous-token heads none is needed alone. What weights establish is what inputs of the right kind would make a head
+do; only the effect says what it does on the task.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +57,7 @@ def strongest_pair(evidence: verdicts.Evidence) -> tuple[int, tuple[int, int], t
 
 
 def formation(run: Run) -> dict[str, np.ndarray]:
-    """Measured step at which accuracy, and the best head's attention of either type, first reach FORMED: {name: [S]}."""
+    """Measured step at which accuracy, and the best head's attention of either type, reach FORMED: {name: [S]}."""
     best = lambda name: run.measurements[name].max((-2, -1))  # noqa: E731
     values = {
         "accuracy": run.measurements["accuracy"],
@@ -170,30 +178,32 @@ def figure_table(found: Mapping[str, Figure]) -> tuple[list[str], list[list[str]
 
 
 def verdict_table(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, one for each run: the heads by each kind of evidence, whether they agree, when they formed."""
-    header = ["seed", "accuracy"]
-    header += [f"{name.replace('_', '-')}: {kind}" for name in TYPES for kind in KINDS]
-    header += [f"{name.replace('_', '-')} formed" for name in ("accuracy", *TYPES)] + ["all agree"]
+    """Header and rows, one for each run: the heads of each type, which evidence agrees on them, when they formed."""
+    header = ["seed", "accuracy", *(f"{name.replace('_', '-')} heads" for name in TYPES), "formed at step", "all agree"]
     formed = formation(outcome.run)
     rows = []
     for i, seed in enumerate(outcome.seeds):
         if outcome.run.diverged[i]:
-            rows.append([str(seed), "diverged"] + [""] * (len(header) - 2))
+            rows.append([str(seed), "diverged", "", "", "", ""])
             continue
-        heads = [outcome.verdicts.heads[name][kind][i] for name in TYPES for kind in KINDS]
-        agree = all((heads[3 * j] == heads[3 * j + k]).all() for j in range(2) for k in (1, 2))
+        heads = [{kind: outcome.verdicts.heads[name][kind][i] for kind in KINDS} for name in TYPES]
+        agree = all((by_kind[kind] == by_kind["effect"]).all() for by_kind in heads for kind in KINDS)
         when = [formed[name][i] for name in ("accuracy", *TYPES)]
         rows.append(
             [str(seed), f"{outcome.run.measurements['accuracy'][i, -1]:.3f}"]
-            + [_names(found) for found in heads]
-            + [f"{step:.0f}" if np.isfinite(step) else "never" for step in when]
+            + [_by_kind(by_kind) for by_kind in heads]
+            + [" / ".join(f"{step:.0f}" if np.isfinite(step) else "never" for step in when)]
             + ["yes" if agree else "no"]
         )
     return header, rows
 
 
-def _names(heads: np.ndarray) -> str:
-    return " ".join(f"{layer}.{head}" for layer, head in np.argwhere(heads)) or "none"
+def _by_kind(heads: Mapping[str, np.ndarray]) -> str:
+    """The heads if all evidence names the same, else the heads by each kind."""
+    names = {kind: " ".join(f"{layer}.{head}" for layer, head in np.argwhere(heads[kind])) or "none" for kind in KINDS}
+    if len(set(names.values())) == 1:
+        return names["effect"]
+    return ", ".join(f"{kind} {found}" for kind, found in names.items())
 
 
 def datasets(outcomes: Mapping[str, Outcome], settings: Mapping[str, Any]) -> dict[str, xarray.Dataset]:
@@ -207,7 +217,7 @@ def datasets(outcomes: Mapping[str, Outcome], settings: Mapping[str, Any]) -> di
     }
     out = {}
     for name, outcome in outcomes.items():
-        arrays = {"training_loss": outcome.run.loss, "diverged": outcome.run.diverged}
+        arrays: dict[str, Any] = {"training_loss": outcome.run.loss, "diverged": outcome.run.diverged}
         dims: dict[str, tuple[str, ...]] = {"training_loss": ("run", "step"), "diverged": ("run",)}
         for key, value in outcome.run.measurements.items():
             arrays[f"{key}_over_training"] = value
@@ -242,8 +252,8 @@ def sections(outcomes: Mapping[str, Outcome], found: Mapping[str, Figure], examp
     forming = plots.curves(
         main.run.steps,
         {
-            "by attention": {name: best(f"{name}_attention") for name in TYPES},
-            "by weights alone": {name: best(f"{name}_weights") for name in TYPES},
+            "by attention": {name.replace("_", "-"): best(f"{name}_attention") for name in TYPES},
+            "by weights alone": {name.replace("_", "-"): best(f"{name}_weights") for name in TYPES},
         },
         "Best head of each type through training",
         labels,
@@ -267,13 +277,7 @@ def sections(outcomes: Mapping[str, Outcome], found: Mapping[str, Figure], examp
         (
             "Verdicts",
             [
-                page.paragraph(
-                    "Heads as layer.head. Thresholds for weights and attention are fitted on the other half of the "
-                    f"seeds; an effect is a fall of induction attention above {verdicts.EFFECT_THRESHOLD}, fixed "
-                    "before. Where the three disagree, the usual reason is redundancy: of several previous-token "
-                    "heads none is needed alone. What weights establish is what inputs of the right kind would make "
-                    "a head do; only the effect column says what it does on the task."
-                ),
+                page.paragraph(READING),
                 page.table(*verdict_table(main)),
             ],
         ),

@@ -62,7 +62,7 @@ def heat_maps(
     bounds: tuple[float, float] = (0.0, 1.0),
     show_values: bool = False,
 ) -> go.Figure:
-    """Matrices [Y,X] side by side on one colour scale, the first row on top."""
+    """Matrices [Y,X] side by side on one colour scale, the first row on top, in square cells."""
     figure = make_subplots(cols=len(maps), rows=1, subplot_titles=list(maps), horizontal_spacing=0.08)
     for column, matrix in enumerate(maps.values(), start=1):
         figure.add_trace(
@@ -76,9 +76,10 @@ def heat_maps(
         figure.update_xaxes(title=x_title, tickvals=np.arange(len(x_labels)), ticktext=x_labels, row=1, col=column)
         figure.update_yaxes(
             title=y_title if column == 1 else None, autorange="reversed", tickvals=np.arange(len(y_labels)),
-            ticktext=y_labels, row=1, col=column,
+            ticktext=y_labels, scaleanchor=f"x{column}", constrain="domain", row=1, col=column,
         )  # fmt: skip
-    return _layout(figure, 440, title)
+        figure.update_xaxes(constrain="domain", row=1, col=column)
+    return _layout(figure, 540, title)
 
 
 def complex_plane(spectra: Mapping[str, np.ndarray], title: str) -> go.Figure:
@@ -96,8 +97,8 @@ def complex_plane(spectra: Mapping[str, np.ndarray], title: str) -> go.Figure:
                 hovertemplate=f"{name}<br>λ = %{{customdata[0]:.3g}} + %{{customdata[1]:.3g}}i<extra></extra>",
             )
         )  # fmt: skip
-    figure.update_xaxes(title="Re λ / max |λ|", range=[-1.1, 1.1])
-    figure.update_yaxes(title="Im λ / max |λ|", range=[-1.1, 1.1], scaleanchor="x")
+    figure.update_xaxes(title="Re λ / max |λ|", range=[-1.1, 1.1], constrain="domain")
+    figure.update_yaxes(title="Im λ / max |λ|", range=[-1.1, 1.1], scaleanchor="x", constrain="domain")
     return _layout(figure, 480, title)
 
 
@@ -112,5 +113,6 @@ def scatter(groups: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str, x_t
     diagonal = {"x": [0.0, top], "y": [0.0, top], "mode": "lines", "line": {"color": "#999999", "dash": "dot"}}
     figure.add_trace(go.Scatter(**diagonal, name="equal", hoverinfo="skip"))
     figure.update_xaxes(title=x_title)
-    figure.update_yaxes(title=y_title)
-    return _layout(figure, 440, title)
+    figure.update_yaxes(title=y_title, scaleanchor="x", constrain="domain")
+    figure.update_xaxes(constrain="domain")
+    return _layout(figure, 540, title)

@@ -42,7 +42,9 @@ class RepeatedTokens:
         """Raises ValueError for settings under which some sequence would have no solvable target."""
         n_tokens, length = self.n_vocab - self.bos, self.n_context - self.bos
         if not 1 <= self.min_period <= self.max_period:
-            raise ValueError(f"periods must satisfy 1 <= min_period <= max_period; got {self.min_period} and {self.max_period}")
+            raise ValueError(
+                f"periods must satisfy 1 <= min_period <= max_period; got {self.min_period} and {self.max_period}"
+            )
         if self.max_period > n_tokens:
             raise ValueError(
                 f"max_period must be at most the {n_tokens} tokens there are, because a block's tokens are distinct; "

@@ -4,6 +4,11 @@ A checkpoint appears under its step all at once: orbax writes it under a tempora
 any moment leaves the earlier ones whole.
 """
 
+import contextlib
+import gc
+import logging
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +19,18 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message says which and what to do."""
 
 
-def save(folder: Path, step: int, state: Any) -> None:
-    """Writes a pytree of arrays as folder/step; a checkpoint already there is kept."""
+def save(folder: Path, step: int, state: Any, owner: dict[str, Any]) -> None:
+    """Writes a pytree of arrays as folder/step, in place of one already there.
+
+    Args:
+        folder: of all checkpoints of a sweep.
+        step: number of updates.
+        state: NumPy or jax arrays.
+        owner: JSON values that say whose it is; load compares them.
+    """
     try:
-        with ocp.training.Checkpointer(folder.absolute(), cleanup_tmp_directories=True) as checkpointer:
-            checkpointer.save(step, state, overwrite=True)
+        with _one_error(), ocp.training.Checkpointer(folder.absolute(), cleanup_tmp_directories=True) as checkpointer:
+            checkpointer.save(step, state, overwrite=True, custom_metadata=owner)
     except Exception as error:  # orbax and tensorstore raise many kinds
         raise CheckpointError(
             f"checkpoint {folder / str(step)} cannot be written ({_first_line(error)}): "
@@ -34,16 +46,45 @@ def steps(folder: Path) -> list[int]:
         return sorted(checkpoint.step for checkpoint in checkpointer.checkpoints)
 
 
-def load(folder: Path, step: int, like: Any) -> Any:
-    """The pytree at folder/step, with the structure, shapes and dtypes of `like` (NumPy arrays or shapes)."""
+def load(folder: Path, step: int, like: Any, owner: dict[str, Any]) -> Any:
+    """The pytree at folder/step, with the structure, shapes and dtypes of `like` (NumPy arrays).
+
+    Raises:
+        CheckpointError: it cannot be read, or it was saved for another owner.
+    """
+    path = folder / str(step)
     try:
-        with ocp.training.Checkpointer(folder.absolute()) as checkpointer:
-            return checkpointer.load(step, like)
+        with _one_error(), ocp.training.Checkpointer(folder.absolute()) as checkpointer:
+            saved_for = checkpointer.metadata(step).custom_metadata
+            state = checkpointer.load(step, like)
     except Exception as error:
         raise CheckpointError(
-            f"checkpoint {folder / str(step)} cannot be read ({_first_line(error)}): "
+            f"checkpoint {path} cannot be read ({_first_line(error)}): "
             "delete that folder, then run the same command to resume from the one before"
         ) from error
+    differ = [name for name in owner if (saved_for or {}).get(name) != owner[name]]
+    if differ:
+        raise CheckpointError(
+            f"checkpoint {path} belongs to another sweep ({', '.join(differ)} differ): use another folder or delete it"
+        )
+    return state
+
+
+@contextlib.contextmanager
+def _one_error() -> Iterator[None]:
+    """Keeps orbax's many readers and writers from printing a traceback each when one fails: the caller raises one."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    except Exception:
+        gc.collect()  # failed tasks report when they are collected
+        # Those still at work will find their event loop closed, at any later time.
+        others = sys.unraisablehook
+        sys.unraisablehook = lambda found: None if "loop is closed" in str(found.exc_value) else others(found)
+        raise
+    finally:
+        logging.disable(level)
 
 
 def _first_line(error: Exception) -> str:

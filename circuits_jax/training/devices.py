@@ -19,7 +19,7 @@ def use_all_cores(n_runs: int) -> None:
 
 def keep_compilations() -> None:
     """Keeps compiled programs for the next run, under the user's cache folder unless JAX_COMPILATION_CACHE_DIR says."""
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(root) / "circuits_jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def sweep(
         seeds: distinct integers in [0, 2^31).
         steps: rising numbers of updates after which to measure; the last ends the training.
         folder: where to keep checkpoints. If it holds some of this sweep, training goes on from the last of them;
-            the result is that of an uninterrupted sweep to float tolerance.
+            the result is that of an uninterrupted sweep to float tolerance. One of another sweep is refused.
         chunk: measurements between two checkpoints (and two calls of on_progress).
         on_progress: called with the number of updates done.
 
@@ -50,13 +51,15 @@ def sweep(
     n_runs, steps = len(seeds), [int(step) for step in steps]
     initialise, train_on = _programs(config, optimization, measure)
     states: TrainState = initialise(_pad(np.asarray(seeds)))
-    records = jax.eval_shape(train_on, states, task, jnp.asarray(0), jnp.asarray(steps))[1]
-    records = jax.tree.map(lambda x: np.zeros((n_runs, *x.shape[1:]), x.dtype), records)
+    of_chunk = jax.eval_shape(train_on, states, task, jnp.asarray(0), jnp.zeros(chunk, int))[1]
+    records = jax.tree.map(lambda x: np.zeros((n_runs, len(steps), *x.shape[2:]), x.dtype), of_chunk)
+
+    owner: dict[str, Any] = {"seeds": [int(seed) for seed in seeds], "steps": steps}
+    owner |= {"config": repr(config), "optimization": repr(optimization), "task": repr(task)}
 
     reached = 0
     if folder is not None and (saved := checkpoints.steps(folder)):
-        # What can be restored has the shapes of what is there to be trained, so a foreign checkpoint cannot slip in.
-        loaded = checkpoints.load(folder, saved[-1], {"states": _trim(states, n_runs), "records": records})
+        loaded = checkpoints.load(folder, saved[-1], {"states": _trim(states, n_runs), "records": records}, owner)
         states = jax.tree.unflatten(jax.tree.structure(states), jax.tree.leaves(_pad(loaded["states"])))
         records = jax.tree.unflatten(jax.tree.structure(records), jax.tree.leaves(loaded["records"]))
         reached = steps.index(saved[-1]) + 1
@@ -71,7 +74,7 @@ def sweep(
             whole[:, reached : reached + len(stops)] = np.asarray(part)[:n_runs, : len(stops)]
         reached += len(stops)
         if folder is not None:
-            checkpoints.save(folder, stops[-1], {"states": _trim(states, n_runs), "records": records})
+            checkpoints.save(folder, stops[-1], {"states": _trim(states, n_runs), "records": records}, owner)
         on_progress(stops[-1])
 
     loss, measurements = records
@@ -83,7 +86,7 @@ def _check(seeds: Sequence[int], steps: Sequence[int]) -> None:
         raise ValueError("seeds must name at least one run; got none")
     if len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**31:
         raise ValueError(f"seeds must be distinct integers in [0, 2^31); got {list(seeds)}")
-    if not len(steps) or steps[0] < 0 or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
+    if not len(steps) or steps[0] < 0 or any(a >= b for a, b in pairwise(steps)):
         raise ValueError(f"steps must be rising and not negative; got {list(steps)}")
 
 

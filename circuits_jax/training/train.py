@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from circuits_jax.models.transformer import Params, Transformer, TransformerConfig, init_params
+from circuits_jax.models.transformer import Params, TransformerConfig, apply, init_params
 from circuits_jax.tasks.batch import Batch, Task, next_token_loss, sample_batch
 
 Measure = Callable[[Params], dict[str, Array]]
@@ -61,7 +62,7 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished run; S in front of everything for a sweep.
+    """A finished run, as jax arrays; from a sweep, as NumPy arrays with S in front of all but steps.
 
     Attributes:
         params: after the last step.
@@ -71,9 +72,9 @@ class Run:
     """
 
     params: Params
-    steps: Array
-    loss: Array
-    measurements: dict[str, Array]
+    steps: Any
+    loss: Any
+    measurements: dict[str, Any]
 
     @property
     def diverged(self) -> np.ndarray:
@@ -121,12 +122,11 @@ def advance(
 
     The data of a step depends on the data key and the step alone, so a run cut in pieces is the same run.
     """
-    model = Transformer(config)
     optimizer = optimization.transformation()
     data_key = jax.random.wrap_key_data(state.data_key)
 
     def loss_of(params: Params, batch: Batch) -> Array:
-        logits = jax.vmap(lambda tokens: model.apply({"params": params}, tokens)[0])(batch.tokens)
+        logits = jax.vmap(lambda tokens: apply(config, params, tokens)[0])(batch.tokens)
         return next_token_loss(logits, batch)
 
     def update(step: Array, carry: tuple[Params, optax.OptState]) -> tuple[Params, optax.OptState]:

@@ -1,0 +1,17 @@
+"""Settings for every test: CPU, with two forced host devices, so that sweeps run as scripts run them."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled_programs():
+    """A long session would otherwise hold thousands of programs and run out of memory maps."""
+    yield
+    jax.clear_caches()

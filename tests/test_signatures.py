@@ -1,0 +1,350 @@
+"""Weight scores on circuits built by hand, against dense float64 formulas, and against what cutting the edges does."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from circuits_jax import CircuitWeights, TransformerConfig, cut_edges, forward, init_params, params_from_weights
+from circuits_jax.heads import signatures
+from circuits_jax.tasks.batch import sample_batch
+from circuits_jax.tasks.repeated_tokens import RepeatedTokens
+
+# The planted model: tokens, tokens that a previous-token head has written, and positions have coordinates of their own.
+V, T = 10, 12
+TOKEN, SENT, PLACE = slice(0, V), slice(V, 2 * V), slice(2 * V, 2 * V + T)
+D, K = 2 * V + T, T
+QUERIES = np.ones(T, bool)
+PERIOD = 8
+UNIFORM = np.mean(1 / np.arange(2, T + 1))  # previous_token of uniform attention
+
+previous_token = jax.jit(signatures.previous_token)
+k_composition = jax.jit(signatures.k_composition)
+induction = jax.jit(signatures.induction)
+
+
+def planted(senders, gain=6.0, sharpness=20.0, n_layers=2, n_heads=3, noise=0.0, positions="learned"):
+    """Heads (0, s) for s in senders look one back and move the token to SENT; head (1, 0) matches tokens with SENT.
+
+    Then a query prefers the key behind its own earlier copy by gain, from each sender. All other weights are
+    Gaussian with standard deviation noise.
+    """
+    rng = np.random.default_rng(0)
+    shape = (n_layers, n_heads)
+    w = {name: noise * rng.normal(size=(*shape, D, K)) for name in ("W_Q", "W_K", "W_V")}
+    w["W_O"] = noise * rng.normal(size=(*shape, K, D))
+    heads = [(0, s) for s in senders] + ([(1, 0)] if n_layers > 1 else [])
+    for head in heads:
+        for name in w:
+            w[name][head] = 0.0
+    for s in senders:
+        w["W_Q"][0, s, PLACE][1:, : T - 1] = np.sqrt(K) * sharpness * np.eye(T - 1)  # query t asks for place t - 1
+        w["W_K"][0, s, PLACE] = np.eye(T)
+        w["W_V"][0, s, TOKEN, :V] = np.eye(V)
+        w["W_O"][0, s, :V, SENT] = np.eye(V)
+    if n_layers > 1:
+        w["W_Q"][1, 0, TOKEN, :V] = np.sqrt(K) * gain * np.eye(V)
+        w["W_K"][1, 0, SENT, :V] = np.eye(V)
+        w["W_V"][1, 0, TOKEN, :V] = np.eye(V)
+        w["W_O"][1, 0, :V, TOKEN] = 5 * np.eye(V)
+    w |= {"W_E": np.eye(D)[TOKEN], "W_U": np.eye(D)[:, TOKEN], "W_P": np.eye(D)[PLACE]}
+    if positions != "learned":
+        del w["W_P"]
+    arrays = {name: jnp.asarray(value, jnp.float32) for name, value in w.items()}
+    return CircuitWeights(**arrays, n_context=T, positions=positions)
+
+
+# The oracle -------------------------------------------------------------------------------------------------------
+
+
+def random_weights(positions, n_layers=3, n_heads=2, seed=0):
+    """Nothing planted, biases on q and k; for shortformer one W_P for each layer, as norm gains leave it."""
+    rng = np.random.default_rng(seed)
+    d, k, v, t = 8, 4, 6, 7
+    normal = lambda *shape: jnp.asarray(0.6 * rng.normal(size=shape), jnp.float32)  # noqa: E731
+    heads = (n_layers, n_heads)
+    w_p = {"learned": (t, d), "shortformer": (n_layers, t, d)}.get(positions)
+    return CircuitWeights(
+        W_E=normal(v, d), W_U=normal(d, v), W_P=None if w_p is None else normal(*w_p),
+        W_Q=normal(*heads, d, k), W_K=normal(*heads, d, k), W_V=normal(*heads, d, k), W_O=normal(*heads, k, d),
+        b_Q=normal(*heads, k), b_K=normal(*heads, k), n_context=t, positions=positions,
+    )  # fmt: skip
+
+
+def float64(weights):
+    names = ("W_E", "W_P", "W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K")
+    return {
+        name: np.asarray(getattr(weights, name), np.float64) for name in names if getattr(weights, name) is not None
+    }
+
+
+def rotation(offset, k):
+    """R with q R k^T the score of a query that far behind its key: coordinates i and i + K/2 turn together."""
+    matrix = np.zeros((k, k))
+    for i in range(k // 2):
+        angle = offset * 10000.0 ** (-2 * i / k)
+        j = i + k // 2
+        matrix[i, i] = matrix[j, j] = np.cos(angle)
+        matrix[i, j], matrix[j, i] = np.sin(angle), -np.sin(angle)
+    return matrix
+
+
+def oracle_position_pattern(weights, length):
+    w = float64(weights)
+    n_layers, n_heads, d, k = w["W_Q"].shape
+    pattern = np.zeros((n_layers, n_heads, length, length))
+    for layer in range(n_layers):
+        for head in range(n_heads):
+            for t in range(length):
+                scores = []
+                for s in range(t + 1):
+                    if weights.positions == "none":
+                        read_t = read_s = np.zeros(d)
+                    elif weights.positions == "rotary":
+                        read_t = read_s = w["W_E"].mean(0)
+                    else:
+                        places = w["W_P"][layer] if w["W_P"].ndim == 3 else w["W_P"]
+                        read_t, read_s = places[t], places[s]
+                    q = read_t @ w["W_Q"][layer, head] + w["b_Q"][layer, head]
+                    key = read_s @ w["W_K"][layer, head] + w["b_K"][layer, head]
+                    turn = rotation(t - s, k) if weights.positions == "rotary" else np.eye(k)
+                    scores.append(q @ turn @ key / np.sqrt(k))
+                pattern[layer, head, t, : t + 1] = np.exp(scores) / np.exp(scores).sum()
+    return pattern
+
+
+def oracle_previous_token(weights, queries):
+    pattern = oracle_position_pattern(weights, len(queries))
+    counted = [t for t in range(1, len(queries)) if queries[t]]
+    return np.mean([pattern[:, :, t, t - 1] for t in counted], axis=0)
+
+
+def oracle_mean_qk(weights, layer, head):
+    w = float64(weights)
+    turns = [rotation(offset, w["W_Q"].shape[-1]) for offset in range(weights.n_context)]
+    turn = np.mean(turns, axis=0) if weights.positions == "rotary" else np.eye(w["W_Q"].shape[-1])
+    return w["W_Q"][layer, head] @ turn @ w["W_K"][layer, head].T
+
+
+def on_and_off(matrix):
+    on = np.eye(len(matrix), dtype=bool)
+    return matrix[on], matrix[~on]
+
+
+def oracle_k_paths(weights):
+    """W_E W_QK^b (W_OV^a)^T W_E^T / sqrt(K), dense, zero for senders that are not earlier: [L,H,L,H,V,V]."""
+    w = float64(weights)
+    n_layers, n_heads, _, k = w["W_Q"].shape
+    size = len(w["W_E"])
+    paths = np.zeros((n_layers, n_heads, n_layers, n_heads, size, size))
+    for b in np.ndindex(n_layers, n_heads):
+        for a in np.ndindex(b[0], n_heads):
+            w_ov = w["W_V"][a] @ w["W_O"][a]
+            paths[(*a, *b)] = w["W_E"] @ oracle_mean_qk(weights, *b) @ w_ov.T @ w["W_E"].T / np.sqrt(k)
+    return paths
+
+
+def oracle_k_composition(weights):
+    paths = oracle_k_paths(weights)
+    gaps = np.zeros(paths.shape[:4])
+    for pair in np.ndindex(gaps.shape):
+        on, off = on_and_off(paths[pair])
+        gaps[pair] = on.mean() - off.mean()
+    return gaps
+
+
+def oracle_induction(weights, queries, n):
+    w = float64(weights)
+    n_layers, n_heads, _, k = w["W_Q"].shape
+    looks_back, paths, gaps = (
+        oracle_previous_token(weights, queries),
+        oracle_k_paths(weights),
+        oracle_k_composition(weights),
+    )
+    attention, joint = np.zeros((n_layers, n_heads)), np.zeros((n_layers, n_heads))
+    edges = np.zeros((n_layers, n_heads, n_layers, n_heads))
+    for b in np.ndindex(n_layers, n_heads):
+        senders = list(np.ndindex(b[0], n_heads))
+        margins = {a: looks_back[a] * gaps[(*a, *b)] for a in senders}
+        sent = sum((looks_back[a] * paths[(*a, *b)] for a in senders), np.zeros_like(paths[0, 0, 0, 0]))
+        own = w["W_E"] @ oracle_mean_qk(weights, *b) @ w["W_E"].T / np.sqrt(k)
+        noise = sum(part.var() for part in on_and_off(sent)) + 2 * on_and_off(own)[1].var()
+        softness = np.sqrt(1 + np.pi * noise / 8)
+        p = lambda z, s=softness: 1 / (1 + n * np.exp(-z / s))  # noqa: E731
+        whole = sum(margins.values())
+        attention[b], joint[b] = p(whole), p(whole) - p(0)
+        for a in senders:
+            edges[(*a, *b)] = p(whole) - p(whole - margins[a])
+    return attention, edges, joint
+
+
+@pytest.fixture(scope="module", params=["none", "learned", "shortformer", "rotary"])
+def random(request):
+    return random_weights(request.param)
+
+
+def test_position_pattern_agrees_with_the_formula(random):
+    pattern = jax.jit(signatures.position_pattern, static_argnums=1)(random, 6)
+    np.testing.assert_allclose(pattern, oracle_position_pattern(random, 6), atol=1e-5)
+
+
+def test_previous_token_agrees_with_the_formula(random):
+    for queries in (np.ones(7, bool), np.array([True, False, True, True, False, False, True])):
+        np.testing.assert_allclose(previous_token(random, queries), oracle_previous_token(random, queries), atol=1e-5)
+    if random.positions == "none":
+        np.testing.assert_allclose(previous_token(random, np.ones(7, bool)), np.mean(1 / np.arange(2, 8)), atol=1e-6)
+    assert np.isnan(previous_token(random, np.zeros(7, bool))).all()
+
+
+def test_k_composition_agrees_with_the_dense_formula(random):
+    np.testing.assert_allclose(k_composition(random), oracle_k_composition(random), atol=1e-4)
+
+
+def test_induction_agrees_with_the_dense_formula(random):
+    queries = np.array([True, True, False, True, True, False, True])
+    expected = oracle_induction(random, queries, n=5)
+    got = induction(random, queries, 5)
+    for value, reference in zip((got.attention, got.edges, got.joint_edges), expected, strict=True):
+        np.testing.assert_allclose(value, reference, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("norm", "positions"), [("none", "learned"), ("none", "shortformer"), ("layer", "shortformer"), ("none", "rotary")]
+)
+def test_position_pattern_is_what_a_model_does_whose_tokens_say_nothing(norm, positions):
+    """Equal tokens (zero, but for rotary positions) leave positions alone to decide; so the first layer shows them."""
+    config = TransformerConfig(6, 7, n_layers=1, n_heads=2, d_model=8, norm=norm, positions=positions, bias=True)
+    rng = np.random.default_rng(2)
+    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    params = jax.tree.map(lambda leaf: (0.7 * rng.normal(size=leaf.shape)).astype(np.float32), shapes)
+    params["W_E"][:] = params["W_E"][0] if positions == "rotary" else 0.0
+    _, seen = forward(config, params, np.arange(6))
+    weights = jax.jit(lambda params: CircuitWeights.from_params(config, params))(params)
+    pattern = jax.jit(signatures.position_pattern, static_argnums=1)(weights, 6)
+    np.testing.assert_allclose(pattern, seen.patterns, atol=1e-5)
+
+
+# The planted circuit ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[0.0, 0.05], ids=["rest-zero", "rest-random"])
+def one_sender(request):
+    return planted(senders=[1], noise=request.param)
+
+
+def test_previous_token_finds_the_planted_head_alone(one_sender):
+    score = np.array(previous_token(one_sender, QUERIES))
+    assert score[0, 1] > 1 - 1e-6
+    score[0, 1] = UNIFORM
+    # Small random heads are uniform up to their own scores, 0.05^2 sqrt(K) here.
+    np.testing.assert_allclose(score, UNIFORM, atol=0.01)
+
+
+def test_k_composition_finds_the_planted_edge_with_its_closed_form(one_sender):
+    """gain * identity on the planted path: the diagonal is gain, the rest 0."""
+    gap = np.array(k_composition(one_sender))
+    np.testing.assert_allclose(gap[0, 1, 1, 0], 6.0, rtol=1e-5)
+    gap[0, 1, 1, 0] = 0.0
+    assert np.abs(gap).max() < 0.1
+    assert (gap[:, :, 0] == 0).all()  # no head is in front of layer 0
+    assert (gap[1] == 0).all()  # and layer 1 is in front of none
+
+
+def test_induction_is_predicted_for_the_planted_head_alone(one_sender):
+    n = PERIOD - 1
+    got = jax.tree.map(np.array, induction(one_sender, QUERIES, n))
+    np.testing.assert_allclose(got.attention[1, 0], 1 / (1 + n * np.exp(-6)), atol=1e-3)
+    np.testing.assert_allclose(got.edges[0, 1, 1, 0], got.attention[1, 0] - 1 / (1 + n), atol=1e-2)
+    np.testing.assert_allclose(got.joint_edges[1, 0], got.attention[1, 0] - 1 / (1 + n), atol=1e-5)
+    got.attention[1, 0], got.edges[0, 1, 1, 0], got.joint_edges[1, 0] = 1 / (1 + n), 0.0, 0.0
+    np.testing.assert_allclose(got.attention, 1 / (1 + n), atol=0.01)
+    np.testing.assert_allclose(got.edges, 0.0, atol=0.01)
+    np.testing.assert_allclose(got.joint_edges, 0.0, atol=0.01)
+
+
+def test_an_unplanted_head_attends_as_chance_has_it():
+    got = induction(planted(senders=[1]), QUERIES, jnp.array([0.0, 1.0, 4.0])[:, None, None])
+    expected = np.broadcast_to(np.array([1, 1 / 2, 1 / 5])[:, None], (3, 3))
+    np.testing.assert_allclose(got.attention[:, 0], expected, rtol=1e-6)
+    np.testing.assert_allclose(got.attention[:, 1, 1:], expected[:, :2], rtol=1e-6)
+
+
+def test_redundant_senders_hide_each_other_but_not_from_the_joint_cut():
+    got = induction(planted(senders=[0, 2]), QUERIES, PERIOD - 1)
+    p = lambda z: 1 / (1 + (PERIOD - 1) * np.exp(-z))  # noqa: E731
+    np.testing.assert_allclose(got.attention[1, 0], p(12), atol=1e-5)
+    np.testing.assert_allclose(got.edges[0, [0, 2], 1, 0], p(12) - p(6), atol=1e-4)
+    assert (np.asarray(got.edges) < 0.02).all()
+    np.testing.assert_allclose(got.joint_edges[1, 0], p(12) - p(0), atol=1e-4)
+    assert got.joint_edges[1, 0] > 0.8
+
+
+@pytest.mark.parametrize("senders", [[1], [0, 2]], ids=["one-sender", "redundant-senders"])
+def test_the_prediction_agrees_with_cutting_the_edges(senders):
+    weights = planted(senders=senders, noise=0.02)
+    config, params = params_from_weights(weights)
+    task = RepeatedTokens(min_period=PERIOD, max_period=PERIOD, n_vocab=V, n_context=T, bos=True)
+    batch = jax.jit(sample_batch, static_argnums=(0, 3))(task, jax.random.key(0), 0, 16)
+    measured = cut_edges(config, params, batch)
+    predicted = induction(weights, QUERIES, PERIOD - 1)
+    # The measured keys are not whole periods (9 to 10 wrong ones, not 7), and the random heads add a little.
+    np.testing.assert_allclose(predicted.edges, measured.induction[1], atol=0.05)
+    np.testing.assert_allclose(predicted.joint_edges, measured.joint_induction[1], atol=0.05)
+    assert measured.joint_induction[1, 1, 0] > 0.8
+    assert (measured.induction[1, 0, senders, 1, 0] > 0.8).all() == (len(senders) == 1)
+    _, seen = forward(config, params, batch.tokens)
+    rows = np.arange(16)[:, None], np.nonzero(batch.mask[0])[0]
+    to_source = np.asarray(seen.patterns)[rows[0], 1, 0, rows[1], np.asarray(batch.positions["source"])[rows]]
+    np.testing.assert_allclose(to_source.mean(), predicted.attention[1, 0], atol=0.05)
+
+
+# Other shapes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positions", ["none", "rotary"])
+def test_models_without_position_vectors_have_scores(positions):
+    weights = planted(senders=[1], positions=positions, noise=0.05)
+    got = induction(weights, QUERIES, 3.0)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(got))
+    if positions == "none":
+        # Nothing looks back for sure, so the planted edge counts by uniform attention's share of it.
+        margin = UNIFORM * 6.0
+        assert abs(got.attention[1, 0] - 1 / (1 + 3 * np.exp(-margin))) < 0.02
+
+
+def test_a_model_of_one_layer_has_no_edges():
+    weights = planted(senders=[1], n_layers=1, noise=0.3)
+    assert (np.asarray(k_composition(weights)) == 0).all()
+    got = induction(weights, QUERIES, 4.0)
+    np.testing.assert_allclose(got.attention, 1 / 5, rtol=1e-6)
+    assert (np.asarray(got.edges) == 0).all()
+    assert (np.asarray(got.joint_edges) == 0).all()
+    assert got.edges.shape == (1, 3, 1, 3)
+
+
+def test_many_runs_come_from_vmap():
+    runs = [random_weights("learned", seed=seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *runs)
+    together = jax.jit(jax.vmap(lambda weights: signatures.induction(weights, np.ones(7, bool), 5.0)))(stacked)
+    for run, weights in enumerate(runs):
+        alone = induction(weights, np.ones(7, bool), 5.0)
+        jax.tree.map(lambda x, y, run=run: np.testing.assert_allclose(x[run], y, atol=1e-5), together, alone)
+
+
+def test_scores_do_not_change_with_the_basis_of_a_head():
+    """W_Q G, W_K G^-T and W_V G, G^-1 W_O are the same head."""
+    weights = random_weights("learned")
+    weights = dataclasses.replace(weights, b_Q=None, b_K=None)
+    g = jnp.asarray(np.eye(4) + 0.3 * np.random.default_rng(1).normal(size=(4, 4)), jnp.float32)
+    inverse = jnp.linalg.inv(g)
+    turned = dataclasses.replace(
+        weights, W_Q=weights.W_Q @ g, W_K=weights.W_K @ inverse.T, W_V=weights.W_V @ g, W_O=inverse @ weights.W_O
+    )
+    for score in (
+        lambda w: previous_token(w, np.ones(7, bool)),
+        k_composition,
+        lambda w: induction(w, np.ones(7, bool), 5),
+    ):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), score(weights), score(turned))
