@@ -16,12 +16,13 @@ patterns, spectra, composition maps and verdicts. The same command resumes a run
 """
 
 import dataclasses
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax import Array
@@ -29,11 +30,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from circuits_jax.circuits.attention import token_ov
-from circuits_jax.circuits.weights import CircuitWeights
 from circuits_jax.heads import evidence as heads
 from circuits_jax.heads import verdicts
-from circuits_jax.models.transformer import Norm, Params, TransformerConfig, forward
+from circuits_jax.models.transformer import Norm, Params, TransformerConfig, forward, init_params
 from circuits_jax.reports import induction, page, results, run_folder
 from circuits_jax.tasks.batch import Batch, accuracy, next_token_loss, sample_batch
 from circuits_jax.tasks.repeated_tokens import RepeatedTokens
@@ -87,7 +86,7 @@ class Settings:
     n_evaluation: int = 64
     """Sequences on which accuracy, attention and causal effects are measured."""
     smoke: bool = False
-    """At most 4 seeds and 250 updates, in a folder of their own: does everything run?"""
+    """At most 2 seeds and 200 updates, in a folder of their own: does everything run?"""
     name: str = ""
     """Of the run folder; grow_induction_heads, with _smoke for --smoke, when left out."""
     runs_dir: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("runs")
@@ -114,7 +113,7 @@ class Plan:
     seeds: range
     measured: list[int]
     evaluation: Batch
-    looks_back: Array
+    looks_back: np.ndarray
     n_distractors: float
     conditions: list[Condition]
 
@@ -122,7 +121,7 @@ class Plan:
 def prepare(settings: Settings) -> Plan:
     """Raises ValueError for settings that make no sense."""
     if settings.smoke:
-        settings = dataclasses.replace(settings, seeds=min(settings.seeds, 4), steps=min(settings.steps, 250))
+        settings = dataclasses.replace(settings, seeds=min(settings.seeds, 2), steps=min(settings.steps, 200))
     name = settings.name or "grow_induction_heads" + "_smoke" * settings.smoke
     if settings.seeds < 1:
         raise ValueError(f"--seeds must be at least 1; got {settings.seeds}: there would be nothing to train")
@@ -149,8 +148,8 @@ def prepare(settings: Settings) -> Plan:
     devices.use_all_cores(settings.seeds)
     devices.keep_compilations()
 
-    evaluation = sample_batch(repeats, jax.random.key(EVALUATION_SEED), 0, settings.n_evaluation)
-    looks_back = jnp.arange(settings.n_context) < settings.max_period
+    evaluation = jax.jit(lambda: sample_batch(repeats, jax.random.key(EVALUATION_SEED), 0, settings.n_evaluation))()
+    looks_back = np.arange(settings.n_context) < settings.max_period
     n_distractors = (settings.min_period + settings.max_period) / 2 - 1
     one_layer = dataclasses.replace(config, n_layers=1)
     measure = partial(measure_model, evaluation=evaluation, looks_back=looks_back, n_distractors=n_distractors)
@@ -173,7 +172,7 @@ def prepare(settings: Settings) -> Plan:
 
 
 def measure_model(
-    config: TransformerConfig, params: Params, evaluation: Batch, looks_back: Array, n_distractors: float
+    config: TransformerConfig, params: Params, evaluation: Batch, looks_back: np.ndarray, n_distractors: float
 ) -> dict[str, Array]:
     """What is followed through training: how well the task is done, and how far the heads have come."""
     logits, _ = forward(config, params, evaluation.tokens)
@@ -202,7 +201,10 @@ def main(plan: Plan) -> None:
         TaskProgressColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    with ThreadPoolExecutor(1) as background, Progress(*columns, console=console) as progress:
+        # The analysis is compiled on one core while training is compiled and begun on the other.
+        configs = dict.fromkeys(condition.config for condition in plan.conditions)
+        analyses = {config: background.submit(compile_analysis, plan, config) for config in configs}
         for condition in plan.conditions:
             label = f"train {len(plan.seeds)} x {condition.name}"
             bar = progress.add_task(f"{label} (compiling)", total=plan.settings.steps)
@@ -212,12 +214,11 @@ def main(plan: Plan) -> None:
 
             runs[condition.name] = sweep(
                 condition.config, plan.optimization, condition.task, plan.seeds, plan.measured, condition.measure,
-                folder=plan.folder / "checkpoints" / condition.name,
-                on_progress=show,
+                folder=plan.folder / "checkpoints" / condition.name, on_progress=show,
             )  # fmt: skip
         for condition in plan.conditions:
             bar = progress.add_task(f"analyse {condition.name}", total=1)
-            evidence[condition.name] = analyse(plan, condition, runs[condition.name])
+            evidence[condition.name] = analyse(analyses[condition.config].result(), runs[condition.name])
             progress.update(bar, completed=1)
 
     thresholds = verdicts.fit(evidence["repeats"])
@@ -228,7 +229,7 @@ def main(plan: Plan) -> None:
     figures = induction.figures(outcomes)
     results.save(plan.folder / "results.zarr", induction.datasets(outcomes, settings))
     run_folder.write_summary(plan.folder, figures)
-    sections = induction.sections(outcomes, figures, example_pair(plan, outcomes["repeats"]))
+    sections = induction.sections(outcomes, figures, np.asarray(plan.evaluation.tokens[0]))
     run_folder.write_text(plan.folder / "report.html", page.page("Grow induction heads and recover them", sections))
     for title, (header, rows) in (
         ("Which heads, by which evidence (repeats, 2 layers)", induction.verdict_table(outcomes["repeats"])),
@@ -241,41 +242,30 @@ def main(plan: Plan) -> None:
     console.print(f"report: {plan.folder / 'report.html'}", soft_wrap=True)
 
 
-def analyse(plan: Plan, condition: Condition, run: Run) -> dict[str, np.ndarray]:
-    """All evidence on the final model of every run; NaN throughout for a run that diverged."""
+Analysis = Callable[[Params], dict[str, Array]]
+
+
+def compile_analysis(plan: Plan, config: TransformerConfig) -> Analysis:
+    """All evidence on models stacked along S, one after the other, as one compiled program."""
 
     def one(params: Params) -> dict[str, Array]:
         key = jax.random.key(0)  # of the copying null
-        return heads.everything(condition.config, params, plan.evaluation, plan.looks_back, plan.n_distractors, key)
+        return heads.everything(config, params, plan.evaluation, plan.looks_back, plan.n_distractors, key)
+
+    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(plan.seeds), *x.shape), x.dtype), shapes)
+    return jax.jit(lambda params: jax.lax.map(one, params)).lower(stacked).compile(devices.quick_compilation())
+
+
+def analyse(analysis: Analysis, run: Run) -> dict[str, np.ndarray]:
+    """All evidence on the final model of every run; NaN throughout for a run that diverged."""
 
     def where_sound(values: np.ndarray, otherwise: float) -> np.ndarray:
         return np.where(run.diverged.reshape(-1, *[1] * (values.ndim - 1)), otherwise, values)
 
     # LAPACK may never return from a NaN matrix, so a diverged run is analysed as zeros and then blanked out.
-    params = jax.tree.map(lambda x: where_sound(x, 0.0), run.params)
-    values = jax.jit(lambda stacked: jax.lax.map(one, stacked))(params)
+    values = analysis(jax.tree.map(lambda x: where_sound(x, 0.0), run.params))
     return {name: where_sound(np.asarray(value), np.nan) for name, value in values.items()}
-
-
-def example_pair(plan: Plan, outcome: induction.Outcome) -> induction.Example | None:
-    """The pair with the largest causal effect, on one sequence of the evaluation data; None if every run diverged."""
-    if outcome.run.diverged.all():
-        return None
-    config = plan.conditions[0].config
-    run, sender, receiver = induction.strongest_pair(outcome.evidence)
-    params = jax.tree.map(lambda x: x[run], outcome.run.params)
-    tokens = plan.evaluation.tokens[0]
-    _, seen = forward(config, params, tokens)
-    spectra = np.asarray(jax.jit(lambda p: token_ov(CircuitWeights.from_params(config, p)).eigenvalues())(params))
-    names = {
-        f"previous-token head {sender[0]}.{sender[1]}": sender,
-        f"induction head {receiver[0]}.{receiver[1]}": receiver,
-    }
-    return induction.Example(
-        seed=int(outcome.seeds[run]), sender=sender, receiver=receiver, tokens=np.asarray(tokens),
-        patterns={name: np.asarray(seen.patterns[head]) for name, head in names.items()},
-        eigenvalues={name: spectra[head] for name, head in names.items()},
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

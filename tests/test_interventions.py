@@ -243,3 +243,21 @@ def test_new_values_do_not_recompile():
     assert np.abs(results[0] - results[1]).max() > 1e-3
     run(params, TOKENS, None)
     assert len(traces) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("head_scale", (1, 2)),  # an index out of bounds would be clamped: layer 0's factors for every layer
+        ("head_scale", (3, 1)),
+        ("head_scale", (4, 2)),
+        ("head_scale", (6,)),
+        ("q_edges", (3, 2, 3, 1)),
+        ("k_edges", (3, 1, 3, 2)),
+        ("v_edges", (2, 3, 2, 3)),
+    ],
+)
+def test_arrays_of_another_shape_are_refused_by_name(name, shape):
+    config = CONFIGS["attention-only"]
+    with pytest.raises(ValueError, match=name):
+        logits(config, random_params(config), **{name: np.ones(shape, np.float32)})

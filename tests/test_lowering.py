@@ -82,6 +82,7 @@ TABLE = {
     "patterns.earlier_copies": (patterns.earlier_copies, (TOKENS,)),
     "signatures.previous_token": (signatures.previous_token, (WEIGHTS, QUERIES)),
     "signatures.position_pattern": (lambda weights: signatures.position_pattern(weights, T), (ROTARY,)),
+    "signatures.residual_size": (lambda weights: signatures.residual_size(weights, T), (WEIGHTS,)),
     "signatures.k_composition": (signatures.k_composition, (WEIGHTS,)),
     "signatures.induction": (signatures.induction, (WEIGHTS, QUERIES, array())),
     "evidence.from_attention": (

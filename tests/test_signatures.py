@@ -211,7 +211,15 @@ def test_induction_agrees_with_the_dense_formula(random):
 
 
 @pytest.mark.parametrize(
-    ("norm", "positions"), [("none", "learned"), ("none", "shortformer"), ("layer", "shortformer"), ("none", "rotary")]
+    ("norm", "positions"),
+    [
+        ("none", "learned"),
+        ("none", "shortformer"),
+        ("layer", "shortformer"),
+        ("none", "rotary"),
+        ("layer", "learned"),
+        ("rms", "rotary"),
+    ],
 )
 def test_position_pattern_is_what_a_model_does_whose_tokens_say_nothing(norm, positions):
     """Equal tokens (zero, but for rotary positions) leave positions alone to decide; so the first layer shows them."""

@@ -320,10 +320,10 @@ GOOD = {"n_vocab": V, "n_context": T, "n_layers": 2, "n_heads": 2, "d_model": 8}
         ({"d_head": -1}, "d_head must be an integer of at least 0; got -1"),
         ({"d_mlp": -1}, "d_mlp must be an integer of at least 0; got -1"),
         ({"d_mlp": None}, "d_mlp must be an integer of at least 0; got None"),
-        ({"init_std": 0.0}, "init_std must be positive and finite; got 0.0"),
-        ({"init_std": -1.0}, "init_std must be positive and finite; got -1.0"),
-        ({"init_std": float("inf")}, "init_std must be positive and finite; got inf"),
-        ({"init_std": float("nan")}, "init_std must be positive and finite; got nan"),
+        ({"init_std": 0.0}, "init_std must be a positive finite number; got 0.0"),
+        ({"init_std": -1.0}, "init_std must be a positive finite number; got -1.0"),
+        ({"init_std": float("inf")}, "init_std must be a positive finite number; got inf"),
+        ({"init_std": float("nan")}, "init_std must be a positive finite number; got nan"),
     ],
 )
 def test_a_bad_config_is_refused_by_name(changes, message):

@@ -1,10 +1,12 @@
 """What a head or an edge does, causally: every ablation and every cut edge of a model in one compiled program."""
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from circuits_jax.heads import patterns
@@ -53,11 +55,11 @@ def ablate_heads(config: TransformerConfig, params: Params, batch: Batch) -> Hea
         config, params: the model.
         batch: B sequences; the loss is over batch.mask.
     """
-    n = config.n_layers * config.n_heads
-    scales = (1.0 - jnp.eye(n)).reshape(n, config.n_layers, config.n_heads)
+    shape = (config.n_layers, config.n_heads)
+    n = math.prod(shape)
+    scales = jnp.concatenate([jnp.ones((1, n)), 1.0 - jnp.eye(n)]).reshape(n + 1, *shape)  # the first changes nothing
     loss, _ = jax.vmap(lambda scale: _outcome(config, params, batch, Interventions(head_scale=scale)))(scales)
-    whole, _ = _outcome(config, params, batch, None)
-    return HeadEffects(loss=(loss - whole).reshape(config.n_layers, config.n_heads))
+    return HeadEffects(loss=(loss[1:] - loss[0]).reshape(shape))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -72,43 +74,41 @@ def cut_edges(config: TransformerConfig, params: Params, batch: Batch) -> EdgeEf
         batch: B sequences with repeats; the loss is over batch.mask.
     """
     n_layers, n_heads = config.n_layers, config.n_heads
-    heads = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
-    pairs = [(a, b) for a in heads for b in heads if a[0] < b[0]]
-    receivers = [b for b in heads if b[0] > 0]
-    shape = (n_layers, n_heads, n_layers, n_heads)
-    whole_loss, whole_induction = _outcome(config, params, batch, None)
-    zeros = jnp.zeros((3, *shape)), jnp.zeros((3, n_layers, n_heads))
-    if not pairs:
-        return EdgeEffects(zeros[0], zeros[0], zeros[1], zeros[1])
+    shape = (3, n_layers, n_heads, n_layers, n_heads)
+    edges = np.array([index for index in np.ndindex(*shape) if index[1] < index[3]], int).reshape(-1, 5)
+    receivers = np.array([index for index in np.ndindex(3, n_layers, n_heads) if index[1] > 0], int).reshape(-1, 3)
 
-    single = jnp.stack([jnp.ones(shape).at[(*a, *b)].set(0.0) for a, b in pairs])
-    joint = jnp.stack([jnp.ones(shape).at[:, :, *b].set(0.0) for b in receivers])
-    keep = jnp.concatenate([single, joint])
-    read_by = jnp.array([b for _, b in pairs] + receivers)
+    keep = np.ones((1 + len(edges) + len(receivers), *shape), np.float32)  # the first changes nothing
+    for row, (path, *edge) in enumerate(edges, start=1):
+        keep[(row, path, *edge)] = 0.0
+    for row, (path, layer, head) in enumerate(receivers, start=1 + len(edges)):
+        keep[row, path, :, :, layer, head] = 0.0
 
-    def cut(field: str, kept: Array, receiver: Array) -> tuple[Array, Array]:
-        loss, induction = _outcome(config, params, batch, Interventions(**{field: kept}))
-        return loss - whole_loss, (whole_induction - induction)[receiver[0], receiver[1]]
+    def outcome(scale: Array) -> tuple[Array, Array]:
+        q, k, v = scale
+        return _outcome(config, params, batch, Interventions(q_edges=q, k_edges=k, v_edges=v))
 
-    effects = [jax.vmap(partial(cut, field))(keep, read_by) for field in ("q_edges", "k_edges", "v_edges")]
-    loss, induction = (jnp.stack(part) for part in zip(*effects, strict=True))
-    at_pairs = tuple(jnp.array([(*a, *b) for a, b in pairs]).T)
-    at_receivers = tuple(jnp.array(receivers).T)
-    place = lambda zero, where, values: zero.at[(slice(None), *where)].set(values)  # noqa: E731
-    n = len(pairs)
+    loss, induction = jax.vmap(outcome)(jnp.asarray(keep))
+    rise, fall = loss[1:] - loss[0], induction[0] - induction[1:]
+    read_by = np.concatenate([edges[:, -2:], receivers[:, -2:]])
+    fall = fall[np.arange(len(fall)), read_by[:, 0], read_by[:, 1]]
+    at_edges, at_receivers = tuple(edges.T), tuple(receivers.T)
+    single, joint = jnp.zeros(shape), jnp.zeros((3, n_layers, n_heads))
+    n = len(edges)
     return EdgeEffects(
-        loss=place(zeros[0], at_pairs, loss[:, :n]),
-        induction=place(zeros[0], at_pairs, induction[:, :n]),
-        joint_loss=place(zeros[1], at_receivers, loss[:, n:]),
-        joint_induction=place(zeros[1], at_receivers, induction[:, n:]),
+        loss=single.at[at_edges].set(rise[:n]),
+        induction=single.at[at_edges].set(fall[:n]),
+        joint_loss=joint.at[at_receivers].set(rise[n:]),
+        joint_induction=joint.at[at_receivers].set(fall[n:]),
     )
 
 
 def _outcome(
-    config: TransformerConfig, params: Params, batch: Batch, interventions: Interventions | None
+    config: TransformerConfig, params: Params, batch: Batch, interventions: Interventions
 ) -> tuple[Array, Array]:
     """Loss and the induction attention [L,H] of every head, over the positions in batch.mask."""
     logits, seen = jax.vmap(lambda tokens: apply(config, params, tokens, interventions))(batch.tokens)
     per_head = jax.vmap(jax.vmap(patterns.induction, (0, None, None)), (0, None, None))
     induction = jax.vmap(per_head)(seen.patterns, batch.tokens, batch.mask)
-    return next_token_loss(logits, batch), induction.mean(0)
+    # A sequence without a query that counts has no score (NaN) and is left out.
+    return next_token_loss(logits, batch), jnp.nanmean(induction, axis=0)

@@ -1,18 +1,21 @@
 """All that speaks for previous-token and induction heads in one model: weights, attention and causal effects."""
 
 import jax
+import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
+from circuits_jax.circuits.attention import token_ov
 from circuits_jax.circuits.composition import composition_scores
-from circuits_jax.circuits.spectra import copying_score
+from circuits_jax.circuits.spectra import eigenvalue_positivity
 from circuits_jax.circuits.weights import CircuitWeights
 from circuits_jax.heads import effects, nulls, patterns, signatures
 from circuits_jax.models.transformer import Params, TransformerConfig, forward
 from circuits_jax.tasks.batch import Batch
 
 
-def from_attention(config: TransformerConfig, params: Params, batch: Batch, looks_back: Array) -> dict[str, Array]:
-    """Pattern scores of every head, averaged over the batch: {name: [L,H]}.
+def from_attention(config: TransformerConfig, params: Params, batch: Batch, looks_back: ArrayLike) -> dict[str, Array]:
+    """Pattern scores of every head, averaged over the sequences that have queries for them: {name: [L,H]}.
 
     Args:
         config, params: the model.
@@ -20,6 +23,7 @@ def from_attention(config: TransformerConfig, params: Params, batch: Batch, look
         looks_back: [T] bool, the queries that count for a previous-token head.
     """
     _, seen = forward(config, params, batch.tokens)
+    looks_back = jnp.asarray(looks_back)
 
     def of_sequence(pattern: Array, tokens: Array, mask: Array) -> dict[str, Array]:
         return {
@@ -33,11 +37,11 @@ def from_attention(config: TransformerConfig, params: Params, batch: Batch, look
 
     per_head = jax.vmap(jax.vmap(of_sequence, (0, None, None)), (0, None, None))
     scores = jax.vmap(per_head)(seen.patterns, batch.tokens, batch.mask)
-    return {f"{name}_attention": value.mean(0) for name, value in scores.items()}
+    return {f"{name}_attention": jnp.nanmean(value, axis=0) for name, value in scores.items()}
 
 
 def from_weights(
-    config: TransformerConfig, params: Params, looks_back: Array, n_distractors: float | Array
+    config: TransformerConfig, params: Params, looks_back: ArrayLike, n_distractors: float | Array
 ) -> dict[str, Array]:
     """Weight-only scores from matrix products alone, cheap enough to take during training.
 
@@ -45,6 +49,7 @@ def from_weights(
     induction attention, as signatures.induction predicts them.
     """
     weights = CircuitWeights.from_params(config, params)
+    looks_back = jnp.asarray(looks_back)
     predicted = signatures.induction(weights, looks_back, n_distractors)
     return {
         "previous_token_weights": signatures.previous_token(weights, looks_back),
@@ -54,10 +59,16 @@ def from_weights(
 
 
 def from_spectra(config: TransformerConfig, params: Params, key: Array) -> dict[str, Array]:
-    """{copying: [L,H], copying_null: scalar, k_gap, k_frobenius: [L,H,L,H]}: the scores that rival from_weights."""
+    """Spectra, and the scores that rival from_weights.
+
+    {ov_eigenvalues: complex [L,H,R] of W_E W_OV W_U, copying: [L,H], copying_null: scalar, k_gap, k_frobenius:
+    [L,H,L,H]}; key draws the null of copying.
+    """
     weights = CircuitWeights.from_params(config, params)
+    eigenvalues = token_ov(weights).eigenvalues()
     return {
-        "copying": copying_score(weights),
+        "ov_eigenvalues": eigenvalues,
+        "copying": eigenvalue_positivity(eigenvalues),
         "copying_null": nulls.copying_threshold(weights, key),
         "k_gap": signatures.k_composition(weights),
         "k_frobenius": composition_scores(weights).k,
@@ -81,10 +92,14 @@ def from_effects(config: TransformerConfig, params: Params, batch: Batch) -> dic
 
 
 def everything(
-    config: TransformerConfig, params: Params, batch: Batch, looks_back: Array, n_distractors: float, key: Array
+    config: TransformerConfig, params: Params, batch: Batch, looks_back: ArrayLike, n_distractors: float, key: Array
 ) -> dict[str, Array]:
-    """All of the above for one model; jax.lax.map it over runs, not vmap, to bound the memory."""
+    """All of the above for one model, and example_patterns [L,H,T,T], its attention on the first sequence.
+
+    jax.lax.map it over runs, not vmap, to bound the memory.
+    """
     return {
+        "example_patterns": forward(config, params, batch.tokens)[1].patterns[0],
         **from_attention(config, params, batch, looks_back),
         **from_weights(config, params, looks_back, n_distractors),
         **from_spectra(config, params, key),

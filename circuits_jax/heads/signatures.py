@@ -1,6 +1,8 @@
 """What a head is built to do: scores from weights alone, with the names of their counterparts in patterns.py.
 
-They say what inputs of the right kind would make the head do; not that such inputs reach it.
+They say what inputs of the right kind would make the head do; not that such inputs reach it. In a model with norms,
+what a head reads is divided by the size of the residual stream; these scores take the size that the embedding gives it
+(exact in the first layer up to the spread over tokens, an estimate after it).
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ from circuits_jax.circuits.low_rank import LowRank
 from circuits_jax.circuits.spectra import diagonal_gap, entry_variance
 from circuits_jax.circuits.weights import CircuitWeights
 from circuits_jax.heads import patterns
-from circuits_jax.models.transformer import rotate
+from circuits_jax.models.transformer import NORM_EPSILON, rotate
 
 
 def previous_token(weights: CircuitWeights, queries: Array) -> Array:
@@ -37,13 +39,14 @@ def previous_token(weights: CircuitWeights, queries: Array) -> Array:
 
 def position_pattern(weights: CircuitWeights, length: int) -> Array:
     """The causal attention pattern that positions (and attention biases) alone would give, [L,H,T,T]."""
+    size = residual_size(weights, length)
     n_layers, _, d_model, d_head = weights.W_Q.shape
     if weights.positions == "none":
         read = jnp.zeros((length, d_model))
     elif weights.W_P is None:
-        read = weights.W_E.mean(0)
+        read = weights.W_E.mean(0) / size[:, None]
     else:
-        read = weights.W_P[..., :length, :]
+        read = weights.W_P[..., :length, :] / (size[:, None] if weights.positions == "learned" else 1.0)
     read = jnp.broadcast_to(read, (n_layers, length, d_model))
     q = einsum("ltd,lhdk->lhtk", read, weights.W_Q)
     k = einsum("ltd,lhdk->lhtk", read, weights.W_K)
@@ -57,6 +60,25 @@ def position_pattern(weights: CircuitWeights, length: int) -> Array:
     return jax.nn.softmax(scores, axis=-1, where=jnp.tril(jnp.ones((length, length), bool)))
 
 
+def residual_size(weights: CircuitWeights, length: int) -> Array:
+    """By what the norm divides the embedded residual at each position, averaged over tokens: [T]; 1 without a norm.
+
+    sqrt(mean over tokens of |W_E|^2 / D + |W_P|^2 / D + epsilon), W_P where positions are added to the residual.
+    """
+    if weights.norm == "none":
+        return jnp.ones(length)
+    d_model = weights.W_E.shape[-1]
+    square = jnp.broadcast_to(jnp.square(weights.W_E).sum(-1).mean(), (length,))
+    if weights.positions == "learned" and weights.W_P is not None:
+        square = square + jnp.square(weights.W_P[:length]).sum(-1)
+    return jnp.sqrt(square / d_model + NORM_EPSILON)
+
+
+def _mean_size(weights: CircuitWeights) -> Array:
+    length = weights.n_context if weights.W_P is None else weights.W_P.shape[-2]
+    return residual_size(weights, max(length, 1)).mean()
+
+
 def k_composition(weights: CircuitWeights) -> Array:
     """Diagonal gap of the K-path circuit W_E W_QK^b (W_OV^a)^T W_E^T / sqrt(K), [L,H,L,H], sender a first.
 
@@ -65,6 +87,7 @@ def k_composition(weights: CircuitWeights) -> Array:
     needs the sender to look one position back, and enough margin over other tokens: see induction.
     """
     gap = diagonal_gap(k_path(weights)) / math.sqrt(weights.W_Q.shape[-1])
+    gap = gap / _mean_size(weights) ** 3  # the query's, the sender's and the key's norm
     return jnp.where(_earlier(weights)[:, None, :, None], gap, 0.0)
 
 
@@ -126,11 +149,13 @@ def _token_noise(weights: CircuitWeights, looks_back: Array) -> Array:
     The keys of head b hold their own token and what the previous-token heads wrote; the first scores through
     W_E W_QK W_E^T, the second through the sum of the K-paths, weighted by how much each sender looks back.
     """
+    size = _mean_size(weights)
+    tokens = weights.W_E / size
     reads = mean_qk(weights)
-    left = einsum("vd,mgdk->mgvk", weights.W_E, reads.left) / math.sqrt(weights.W_Q.shape[-1])
-    sent = einsum("lm,lh,vd,lhdk,lhke->mve", _earlier(weights), looks_back, weights.W_E, weights.W_V, weights.W_O)
-    through_senders = LowRank(left, einsum("mgkd,mvd->mgkv", reads.right, sent))
-    own_token = LowRank(left, einsum("mgkd,vd->mgkv", reads.right, weights.W_E))
+    left = einsum("vd,mgdk->mgvk", tokens, reads.left) / math.sqrt(weights.W_Q.shape[-1])
+    sent = einsum("lm,lh,vd,lhdk,lhke->mve", _earlier(weights), looks_back, tokens, weights.W_V, weights.W_O)
+    through_senders = LowRank(left, einsum("mgkd,mvd->mgkv", reads.right, sent / size))
+    own_token = LowRank(left, einsum("mgkd,vd->mgkv", reads.right, tokens))
     on, off = entry_variance(through_senders)
     return on + off + 2 * entry_variance(own_token)[1]
 

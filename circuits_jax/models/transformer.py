@@ -80,12 +80,13 @@ class TransformerConfig:
             object.__setattr__(self, "d_head", self.d_model // self.n_heads)
         if self.positions == "rotary" and self.d_head % 2:
             raise ValueError(f"d_head must be even with rotary positions; got {self.d_head}")
-        if self.init_std is not None and not 0 < self.init_std < math.inf:
-            raise ValueError(f"init_std must be positive and finite; got {self.init_std}")
+        std = self.init_std
+        if std is not None and (isinstance(std, bool | str) or not 0 < std < math.inf):
+            raise ValueError(f"init_std must be a positive finite number; got {std!r}")
 
 
 def _require_int(name: str, value: object, at_least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < at_least:
         raise ValueError(f"{name} must be an integer of at least {at_least}; got {value!r}")
 
 
@@ -194,7 +195,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """GELU(x W_in + b_in) W_out + b_out."""
+    """GELU(x W_in + b_in) W_out + b_out, GELU in its tanh form."""
 
     config: TransformerConfig
 
@@ -256,8 +257,8 @@ class Transformer(nn.Module):
         config = self.config
         embed = _initializer(config, fan_in=config.d_model)
         w_e = self.param("W_E", embed, (config.n_vocab, config.d_model))
-        # Under jit a token cannot be checked; "fill" turns one out of range into NaN logits, never into a neighbour.
-        x = jnp.take(w_e, tokens, axis=0, mode="fill")
+        # Under jit a token cannot be checked: one out of range becomes NaN logits, never another token.
+        x = w_e.at[tokens].get(mode="fill", wrap_negative_indices=False)
         positions: Array | float = 0.0
         if config.positions in ("learned", "shortformer"):
             positions = self.param("W_P", embed, (config.n_context, config.d_model))[: len(tokens)]
@@ -345,9 +346,20 @@ def _forward(
 def apply(
     config: TransformerConfig, params: Params, tokens: Array, interventions: Interventions | None = None
 ) -> tuple[Array, Activations]:
-    """forward for one sequence [T], unchecked and not jitted: the building block inside other compiled programs."""
+    """forward for one sequence [T], tokens unchecked and not jitted: the building block of other compiled programs."""
+    if interventions is not None:
+        check_interventions(config, interventions)
     # Linen's apply is typed for modules that also return updated variables.
     return cast(tuple[Array, Activations], Transformer(config).apply({"params": params}, tokens, interventions))
+
+
+def check_interventions(config: TransformerConfig, interventions: Interventions) -> None:
+    """Raises ValueError that names the first array of another shape than the model's."""
+    heads = (config.n_layers, config.n_heads)
+    for name, value in vars(interventions).items():
+        wanted = heads if name == "head_scale" else heads * 2
+        if value is not None and jnp.shape(value) != wanted:
+            raise ValueError(f"{name} must have shape {list(wanted)}; got {list(jnp.shape(value))}")
 
 
 def check_tokens(config: TransformerConfig, tokens: ArrayLike) -> Array:

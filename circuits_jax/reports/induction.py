@@ -37,18 +37,6 @@ class Outcome:
     verdicts: Verdicts
 
 
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """A recovered pair on one sequence: sender and receiver are (layer, head), patterns [T,T], eigenvalues complex."""
-
-    seed: int
-    sender: tuple[int, int]
-    receiver: tuple[int, int]
-    tokens: np.ndarray
-    patterns: dict[str, np.ndarray]
-    eigenvalues: dict[str, np.ndarray]
-
-
 def strongest_pair(evidence: verdicts.Evidence) -> tuple[int, tuple[int, int], tuple[int, int]]:
     """(run, sender, receiver) of the K-edge with the largest effect."""
     effect = np.nan_to_num(evidence["edge_effect"][:, K_INPUT], nan=-np.inf)
@@ -211,6 +199,8 @@ def datasets(outcomes: Mapping[str, Outcome], settings: Mapping[str, Any]) -> di
     heads, edges = ("run", "layer", "head"), ("run", "sender_layer", "sender_head", "layer", "head")
     shapes = {
         "copying_null": ("run",),
+        "ov_eigenvalues": (*heads, "rank"),
+        "example_patterns": (*heads, "query", "key"),
         **dict.fromkeys(("edge_weights", "k_gap", "k_frobenius"), edges),
         **dict.fromkeys(("edge_loss", "edge_effect"), ("run", "input", *edges[1:])),
         **dict.fromkeys(("joint_loss", "joint_effect"), ("run", "input", "layer", "head")),
@@ -229,13 +219,13 @@ def datasets(outcomes: Mapping[str, Outcome], settings: Mapping[str, Any]) -> di
                 arrays[f"{head_type}_verdict_{kind}"], dims[f"{head_type}_verdict_{kind}"] = value, heads
         for kind, value in outcome.verdicts.edges.items():
             arrays[f"edge_verdict_{kind}"], dims[f"edge_verdict_{kind}"] = value, edges
-        coords = {"run": outcome.seeds, "step": outcome.run.steps, "input": ["q", "k", "v"]}
+        coords = {"run": outcome.seeds, "step": outcome.run.steps}
         out[name] = results.dataset(arrays, dims, coords, settings)
     return out
 
 
-def sections(outcomes: Mapping[str, Outcome], found: Mapping[str, Figure], example: Example | None) -> list:
-    """The page."""
+def sections(outcomes: Mapping[str, Outcome], found: Mapping[str, Figure], tokens: np.ndarray) -> list:
+    """Sections of the page; tokens [T] are those of the example patterns."""
     main = outcomes["repeats"]
     labels = [f"seed {seed}" for seed in main.seeds]
     best = lambda name: main.run.measurements[name].max((-2, -1))  # noqa: E731
@@ -258,7 +248,6 @@ def sections(outcomes: Mapping[str, Outcome], found: Mapping[str, Figure], examp
         "Best head of each type through training",
         labels,
     )
-    ok = verdicts.sound(main.evidence)
     pairs = verdicts.earlier(main.evidence["edge_weights"])
     scored = plots.scatter(
         {
@@ -284,25 +273,32 @@ def sections(outcomes: Mapping[str, Outcome], found: Mapping[str, Figure], examp
         ("Learning and formation", [page.figure(learning), page.figure(forming)]),
         ("Weights against causal effects", [page.figure(scored)]),
     ]
-    if example is not None and ok.any():
-        parts.append((f"A recovered pair, seed {example.seed}", _pair(main, example)))
-    return parts
+    return [*parts, _pair(main, tokens)] if verdicts.sound(main.evidence).any() else parts
 
 
-def _pair(main: Outcome, example: Example) -> list[str]:
-    run = int(np.flatnonzero(main.seeds == example.seed)[0])
-    tokens = [str(token) for token in example.tokens]
-    senders, receivers = example.sender[0], example.receiver[0]
+def _pair(main: Outcome, tokens: np.ndarray) -> tuple[str, list[str]]:
+    """The K-edge with the largest effect: heading and figures."""
+    run, (layer, sender), (to_layer, receiver) = strongest_pair(main.evidence)
+    names = [str(token) for token in tokens]
     n_heads = main.evidence["edge_weights"].shape[-1]
     head_names = lambda layer: [f"{layer}.{head}" for head in range(n_heads)]  # noqa: E731
-    pick = lambda name, *at: main.evidence[name][(run, *at, senders, slice(None), receivers)]  # noqa: E731
+    pick = lambda name, *at: main.evidence[name][(run, *at, layer, slice(None), to_layer)]  # noqa: E731
     composition = plots.heat_maps(
         {"predicted from weights": pick("edge_weights"), "measured": pick("edge_effect", K_INPUT)},
         "K-composition: fall of the receiver's induction attention when the edge is cut",
-        "receiving head", "sending head", head_names(receivers), head_names(senders), show_values=True,
+        "receiving head", "sending head", head_names(to_layer), head_names(layer), show_values=True,
     )  # fmt: skip
+    pair = {
+        f"previous-token head {layer}.{sender}": (run, layer, sender),
+        f"induction head {to_layer}.{receiver}": (run, to_layer, receiver),
+    }
     patterns = plots.heat_maps(
-        example.patterns, "Attention on one sequence (tokens as ids)", "key", "query", tokens, tokens
+        {name: main.evidence["example_patterns"][head] for name, head in pair.items()},
+        "Attention on one sequence (tokens as ids)", "key", "query", names, names,
+    )  # fmt: skip
+    spectrum = plots.complex_plane(
+        {name: main.evidence["ov_eigenvalues"][head] for name, head in pair.items()},
+        "Eigenvalues of W_E W_OV W_U: to the right is copying",
     )
-    spectrum = plots.complex_plane(example.eigenvalues, "Eigenvalues of W_E W_OV W_U: to the right is copying")
-    return [page.figure(composition), page.figure(patterns), page.figure(spectrum)]
+    heading = f"A recovered pair: {layer}.{sender} to {to_layer}.{receiver} of seed {main.seeds[run]}"
+    return heading, [page.figure(drawn) for drawn in (composition, patterns, spectrum)]

@@ -12,9 +12,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from circuits_jax.tasks.batch import Batch, sample_batch  # noqa: F401
+from circuits_jax.tasks.batch import Batch
 
 
 @jax.tree_util.register_dataclass
@@ -39,23 +40,23 @@ class RepeatedTokens:
     bos: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def validate(self) -> None:
-        """Raises ValueError for settings under which some sequence would have no solvable target."""
+        """Raises ValueError for settings, single or swept, that leave some sequence without a solvable target."""
         n_tokens, length = self.n_vocab - self.bos, self.n_context - self.bos
-        if not 1 <= self.min_period <= self.max_period:
+        if not np.all(np.less_equal(1, self.min_period) & np.less_equal(self.min_period, self.max_period)):
             raise ValueError(
                 f"periods must satisfy 1 <= min_period <= max_period; got {self.min_period} and {self.max_period}"
             )
-        if self.max_period > n_tokens:
+        if np.max(self.max_period) > n_tokens:
             raise ValueError(
                 f"max_period must be at most the {n_tokens} tokens there are, because a block's tokens are distinct; "
                 f"got {self.max_period}"
             )
-        if self.max_period > length - 2:
+        if np.max(self.max_period) > length - 2:
             raise ValueError(
                 f"max_period must be at most n_context - {2 + self.bos} for a target to repeat; got {self.max_period}, "
                 f"n_context={self.n_context}"
             )
-        if not 0 <= self.noise <= 1:
+        if not np.all(np.less_equal(0, self.noise) & np.less_equal(self.noise, 1)):
             raise ValueError(f"noise must be in [0, 1]; got {self.noise}")
 
     def sample(self, key: Array) -> Batch:
@@ -81,6 +82,3 @@ class RepeatedTokens:
             source = jnp.concatenate([jnp.array([-1]), source])
             mask = jnp.concatenate([jnp.array([False]), mask])
         return Batch(tokens=tokens, mask=mask, positions={"period": period, "source": source})
-
-
-sample = RepeatedTokens.sample

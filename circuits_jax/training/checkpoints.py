@@ -73,15 +73,14 @@ def load(folder: Path, step: int, like: Any, owner: dict[str, Any]) -> Any:
 @contextlib.contextmanager
 def _one_error() -> Iterator[None]:
     """Keeps orbax's many readers and writers from printing a traceback each when one fails: the caller raises one."""
-    level = logging.root.manager.disable
+    level, hook = logging.root.manager.disable, sys.unraisablehook
     logging.disable(logging.CRITICAL)
+    sys.unraisablehook = lambda found: None if "loop is closed" in str(found.exc_value) else hook(found)
     try:
         yield
+        sys.unraisablehook = hook  # after a failure it stays: tasks still at work find their loop closed at any time
     except Exception:
         gc.collect()  # failed tasks report when they are collected
-        # Those still at work will find their event loop closed, at any later time.
-        others = sys.unraisablehook
-        sys.unraisablehook = lambda found: None if "loop is closed" in str(found.exc_value) else others(found)
         raise
     finally:
         logging.disable(level)

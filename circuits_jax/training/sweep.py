@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import AxisType, PartitionSpec
 
 from circuits_jax.models.transformer import TransformerConfig
 from circuits_jax.tasks.batch import Task
 from circuits_jax.training import checkpoints
+from circuits_jax.training.devices import quick_compilation
 from circuits_jax.training.train import Measure, Optimization, Run, TrainState, advance, init_state
 
 
@@ -50,8 +52,8 @@ def sweep(
     _check(seeds, steps)
     n_runs, steps = len(seeds), [int(step) for step in steps]
     initialise, train_on = _programs(config, optimization, measure)
-    states: TrainState = initialise(_pad(np.asarray(seeds)))
-    of_chunk = jax.eval_shape(train_on, states, task, jnp.asarray(0), jnp.zeros(chunk, int))[1]
+    states: TrainState = initialise(_pad(np.asarray(seeds)), ())
+    of_chunk = train_on.eval_shape(states, (task, jnp.asarray(0), jnp.zeros(chunk, int)))[1]
     records = jax.tree.map(lambda x: np.zeros((n_runs, len(steps), *x.shape[2:]), x.dtype), of_chunk)
 
     owner: dict[str, Any] = {"seeds": [int(seed) for seed in seeds], "steps": steps}
@@ -69,7 +71,7 @@ def sweep(
         stops = steps[reached : reached + chunk]
         start = steps[reached - 1] if reached else 0
         padded = jnp.asarray(stops + stops[-1:] * (chunk - len(stops)))  # one shape, so one compilation
-        states, new = train_on(states, task, jnp.asarray(start), padded)
+        states, new = train_on(states, (task, jnp.asarray(start), padded))
         for whole, part in zip(jax.tree.leaves(records), jax.tree.leaves(new), strict=True):
             whole[:, reached : reached + len(stops)] = np.asarray(part)[:n_runs, : len(stops)]
         reached += len(stops)
@@ -91,18 +93,15 @@ def _check(seeds: Sequence[int], steps: Sequence[int]) -> None:
 
 
 @lru_cache(maxsize=8)
-def _programs(
-    config: TransformerConfig, optimization: Optimization, measure: Measure
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    def train_on(state: TrainState, *position: Any) -> Any:
-        task, start, stops = position
+def _programs(config: TransformerConfig, optimization: Optimization, measure: Measure) -> tuple[Any, Any]:
+    def train_on(state: TrainState, task: Task, start: Array, stops: Array) -> Any:
         return advance(config, optimization, measure, task, state, start, stops)
 
     return over_runs(partial(init_state, config, optimization)), over_runs(train_on)
 
 
-def over_runs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """function(run, *shared) for runs with S in front, S a multiple of the device count, compiled once.
+def over_runs(function: Callable[..., Any]) -> Any:
+    """Jitted (runs, shared) -> function(run, *shared) for runs with S in front, a multiple of the device count.
 
     This is the one place that chooses the layout. Runs are split over the devices. An accelerator takes its runs as
     one batch (vmap). A CPU core is as busy with one run as with many, so it takes them in turn, and cores share the
@@ -116,10 +115,10 @@ def over_runs(function: Callable[..., Any]) -> Callable[..., Any]:
         return jax.vmap(lambda run: function(run, *shared))(runs)
 
     split, everywhere = PartitionSpec("run"), PartitionSpec()
-    program = jax.jit(
-        jax.shard_map(on_one_device, mesh=mesh, in_specs=(split, everywhere), out_specs=split, check_vma=False)
+    return jax.jit(
+        jax.shard_map(on_one_device, mesh=mesh, in_specs=(split, everywhere), out_specs=split, check_vma=False),
+        compiler_options=quick_compilation(),
     )
-    return lambda runs, *shared: program(runs, shared)
 
 
 def _pad(runs: Any) -> Any:

@@ -44,9 +44,9 @@ class Optimization:
             raise ValueError(f"learning_rate must be positive; got {self.learning_rate}")
 
     def transformation(self) -> optax.GradientTransformation:
-        """The optax optimizer."""
+        """The optax optimizer, over the parameters as one flat vector: fewer kernels to compile and to launch."""
         rate = optax.linear_schedule(0.0, self.learning_rate, self.n_warmup)
-        return optax.adamw(rate, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay)
+        return optax.flatten(optax.adamw(rate, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay))
 
 
 @jax.tree_util.register_dataclass
