@@ -7,9 +7,9 @@
 Trains small attention-only models on random-period repeats, over many seeds, with two controls: one-layer models, and
 two-layer models trained on i.i.d. tokens. Then asks of every head whether it is a previous-token head or an induction
 head, three times: by weights alone, by attention, and by causal effect (cut edges). No threshold sees the seeds it
-judges: those for weights and attention are fitted on the other half of the seeds (even on odd, odd on even); the
-causal one, a fall of the receiver's own induction attention above 0.2, was fixed before on other runs; copying has to
-beat the 99 % quantile of norm-matched random heads.
+judges: an edge is causal when its cut lowers the receiver's own induction attention by more than 0.2, fixed before on
+other runs; the fall that weights predict is held against the same number; thresholds for attention are fitted on the
+other half of the seeds (even on odd, odd on even); copying has to beat the 99 % quantile of norm-matched random heads.
 
 Writes runs/<name>/: config.json, results.zarr, checkpoints/, summary.json and report.html, one page with the curves,
 patterns, spectra, composition maps and verdicts. The same command resumes a run that was stopped.
@@ -83,7 +83,7 @@ class Settings:
     """Updates over which the learning rate rises."""
     measure_every: int = 10
     """Updates between two measurements."""
-    n_evaluation: int = 64
+    n_evaluation: int = 128
     """Sequences on which accuracy, attention and causal effects are measured."""
     smoke: bool = False
     """At most 2 seeds and 200 updates, in a folder of their own: does everything run?"""

@@ -161,10 +161,12 @@ def test_kill_minus_nine_and_the_same_command_gives_the_same_result(tmp_path):
 @pytest.mark.slow
 def test_control_c_is_one_line_and_keeps_what_is_finished(tmp_path):
     at_step = tmp_path / "small" / "checkpoints" / "repeats"
-    process = subprocess.Popen(
-        command(*SMALL, "--runs-dir", str(tmp_path)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    kill_when(process, lambda: at_step.is_dir() and any(at_step.iterdir()), signal.SIGINT)
+    with open(tmp_path / "stderr", "w") as stderr:
+        process = subprocess.Popen(
+            command(*SMALL, "--runs-dir", str(tmp_path)), stdout=subprocess.DEVNULL, stderr=stderr
+        )
+        kill_when(process, lambda: at_step.is_dir() and any(at_step.iterdir()), signal.SIGINT)
     assert process.returncode == 130
-    assert "run the same command again to resume" in process.stderr.read()
+    printed = (tmp_path / "stderr").read_text()
+    assert printed == "stopped; what was finished is kept: run the same command again to resume\n"
     assert os.listdir(at_step)

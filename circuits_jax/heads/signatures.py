@@ -111,10 +111,10 @@ def induction(weights: CircuitWeights, queries: Array, n_distractors: float | Ar
     """Predicts induction attention, and what each K-edge contributes to it, in closed form.
 
     Head a gives the right key the margin z_ab = previous_token_a * k_composition_ab over a wrong one; the margins of
-    all senders add up to Z_b. Over n wrong keys for each right one, and with the token-to-token noise of variance v_b
-    in both scores, softmax attention to the right key is about
+    all senders add up to Z_b. Over n wrong keys for each right one, softmax attention to the right key is the logistic
+    function of Z - ln n; averaged over a token-to-token noise of variance v_b it is about
 
-        p(Z) = 1 / (1 + n exp(-Z / s)),   s = sqrt(1 + pi v / 8)
+        p(Z) = 1 / (1 + exp(-(Z - ln n) / s)),   s = sqrt(1 + pi v / 8)
 
     (the logistic-normal integral, MacKay 1992), and cutting edge a costs p(Z) - p(Z - z_a). So a sender counts for
     little where others do its work: a gap alone cannot see that.
@@ -122,7 +122,7 @@ def induction(weights: CircuitWeights, queries: Array, n_distractors: float | Ar
     Args:
         weights: of the model.
         queries: [T] bool, the positions from which senders have to look back.
-        n_distractors: n; p - 1 for repeats of period p.
+        n_distractors: n > 0; p - 1 for repeats of period p.
 
     What it establishes: tokens and positions that reach the heads as embedded would make this circuit. Not that
     something else (MLPs, other layers, norms) leaves them so.
@@ -133,7 +133,7 @@ def induction(weights: CircuitWeights, queries: Array, n_distractors: float | Ar
     softness = jnp.sqrt(1.0 + math.pi / 8.0 * _token_noise(weights, looks_back))
 
     def attention(z: Array) -> Array:
-        return 1.0 / (1.0 + n_distractors * jnp.exp(-z / softness))
+        return jax.nn.sigmoid((z - jnp.log(n_distractors)) / softness)
 
     whole = attention(margin)
     return InductionPrediction(

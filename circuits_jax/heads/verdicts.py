@@ -1,8 +1,9 @@
 """Which heads are previous-token and induction heads: by weights, by attention, by causal effect, each on its own.
 
-An edge is true when cutting it lowers the receiver's own induction attention by more than EFFECT_THRESHOLD; a sender
-with such an edge is a previous-token head, and a receiver whose edges together do so is an induction head. The
-thresholds for weights and attention are fitted to that truth on one half of the runs and judge the other half.
+An edge is true when cutting it lowers the receiver's own induction attention by more than THRESHOLD; a sender with
+such an edge is a previous-token head, and a receiver whose edges together do so is an induction head. The same holds
+by weights, with the fall that signatures.induction predicts, in the same unit and at the same threshold: nothing is
+fitted. The thresholds for attention are fitted to the causal truth on one half of the runs and judge the other half.
 """
 
 import dataclasses
@@ -15,17 +16,14 @@ from circuits_jax.heads.calibration import exceeds, fit_halves
 Evidence = Mapping[str, np.ndarray]
 """What heads.evidence.everything gives, with the runs S in front; NaN for a run that cannot be judged."""
 
-EFFECT_THRESHOLD = 0.2  # fixed before these runs: calibrated on others, where it separates real edges from none
+THRESHOLD = 0.2  # of induction attention; fixed before on other runs, where it separates real edges from none
 K_INPUT = 1  # place of k in the q, k, v axis of an edge effect
 KINDS = ("weights", "attention", "effect")
 TYPES = ("previous_token", "induction")
 
 
-@dataclasses.dataclass(frozen=True)
-class Thresholds:
-    """Thresholds for the runs at even and odd places, [2] each, by the name of the score."""
-
-    halves: dict[str, np.ndarray]
+Thresholds = Mapping[str, np.ndarray]
+"""Attention thresholds for the runs at even and odd places, [2], by head type."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,37 +44,30 @@ class Verdicts:
 
 
 def fit(evidence: Evidence) -> Thresholds:
-    """Thresholds from the runs that were trained to grow the circuit; see calibration.fit_halves."""
+    """Attention thresholds from the runs that were trained to grow the circuit; see calibration.fit_halves."""
     truth, usable = causal(evidence), sound(evidence)
-    pairs = earlier(evidence["edge_weights"])
-    fitted = {
-        "edge_weights": fit_halves(evidence["edge_weights"][:, pairs], edge_truth(evidence)[:, pairs], usable),
-        "previous_token_edges": fit_halves(strongest_edge(evidence), truth["previous_token"], usable),
-    }
-    for name in ("induction_weights", "induction_attention", "previous_token_attention"):
-        fitted[name] = fit_halves(evidence[name], truth[name.rsplit("_", 1)[0]], usable)
-    return Thresholds(fitted)
+    return {name: fit_halves(evidence[f"{name}_attention"], truth[name], usable) for name in TYPES}
 
 
 def judge(evidence: Evidence, thresholds: Thresholds) -> Verdicts:
     """Verdicts on runs of any kind, those of the fit or controls at the same places."""
-    over = thresholds.halves
     truth = causal(evidence)
     copies = evidence["copying"] > evidence["copying_null"][:, None, None]
+    edges = np.greater(evidence["edge_weights"], THRESHOLD)
+    by_weights = {
+        "previous_token": np.any(edges, axis=(-2, -1)),
+        "induction": np.greater(evidence["induction_weights"], THRESHOLD) & copies,
+    }
     return Verdicts(
         heads={
-            "previous_token": {
-                "weights": exceeds(strongest_edge(evidence), over["previous_token_edges"]),
-                "attention": exceeds(evidence["previous_token_attention"], over["previous_token_attention"]),
-                "effect": truth["previous_token"],
-            },
-            "induction": {
-                "weights": exceeds(evidence["induction_weights"], over["induction_weights"]) & copies,
-                "attention": exceeds(evidence["induction_attention"], over["induction_attention"]),
-                "effect": truth["induction"],
-            },
+            name: {
+                "weights": by_weights[name],
+                "attention": exceeds(evidence[f"{name}_attention"], thresholds[name]),
+                "effect": truth[name],
+            }
+            for name in TYPES
         },
-        edges={"weights": exceeds(evidence["edge_weights"], over["edge_weights"]), "effect": edge_truth(evidence)},
+        edges={"weights": edges, "effect": edge_truth(evidence)},
     )
 
 
@@ -84,18 +75,13 @@ def causal(evidence: Evidence) -> dict[str, np.ndarray]:
     """The truth about heads, {type: bool [S,L,H]}."""
     return {
         "previous_token": np.any(edge_truth(evidence), axis=(-2, -1)),
-        "induction": np.greater(evidence["joint_effect"][:, K_INPUT], EFFECT_THRESHOLD),
+        "induction": np.greater(evidence["joint_effect"][:, K_INPUT], THRESHOLD),
     }
 
 
 def edge_truth(evidence: Evidence) -> np.ndarray:
     """The truth about K-edges, bool [S,L,H,L,H]."""
-    return np.greater(evidence["edge_effect"][:, K_INPUT], EFFECT_THRESHOLD)
-
-
-def strongest_edge(evidence: Evidence) -> np.ndarray:
-    """The largest weight-only edge out of each head, [S,L,H]: its score as a previous-token head."""
-    return evidence["edge_weights"].max((-2, -1))
+    return np.greater(evidence["edge_effect"][:, K_INPUT], THRESHOLD)
 
 
 def earlier(edges: np.ndarray) -> np.ndarray:

@@ -19,11 +19,12 @@ LEARNED, LEARNED_BY = 0.98, 300
 FORMED = 0.5  # accuracy or attention at which something counts as formed
 READING = f"""
 Heads are named layer.head; one list where weights, attention and effect agree. Formed at step: accuracy /
-previous-token attention / induction attention first at {FORMED}. Thresholds for weights and attention are fitted on
-the other half of the seeds; an effect is a fall of the receiver's own induction attention above
-{verdicts.EFFECT_THRESHOLD}, fixed before. Where the three disagree, the usual reason is redundancy: of several
-previous-token heads none is needed alone. What weights establish is what inputs of the right kind would make a head
-do; only the effect says what it does on the task.
+previous-token attention / induction attention first at {FORMED}. By effect, an edge is one whose cut lowers the
+receiver's own induction attention by more than {verdicts.THRESHOLD}, a number fixed before on other runs; by weights,
+one whose predicted fall is larger than the same number, so nothing is fitted. The thresholds for attention are fitted
+on the other half of the seeds. Where the three disagree, the usual reason is redundancy: of several previous-token
+heads none is needed alone. What weights establish is what inputs of the right kind would make a head do; only the
+effect says what it does on the task.
 """
 
 
@@ -98,11 +99,11 @@ def figures(outcomes: Mapping[str, Outcome]) -> dict[str, Figure]:
             aim=(">=", 0.995),
         ),
         "edge_precision": over_runs(
-            "edges by weights: precision, threshold from the other half", calibration.precision, labels, truth,
+            f"edges by weights: precision at {verdicts.THRESHOLD}", calibration.precision, labels, truth,
             aim=(">=", 0.95),
         ),
         "edge_recall": over_runs(
-            "edges by weights: recall, threshold from the other half", calibration.recall, labels, truth,
+            f"edges by weights: recall at {verdicts.THRESHOLD}", calibration.recall, labels, truth,
             aim=(">=", 0.95),
         ),
         "best_partner": over_runs(

@@ -5,8 +5,8 @@ any moment leaves the earlier ones whole.
 """
 
 import contextlib
-import gc
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +33,7 @@ def save(folder: Path, step: int, state: Any, owner: dict[str, Any]) -> None:
             checkpointer.save(step, state, overwrite=True, custom_metadata=owner)
     except Exception as error:  # orbax and tensorstore raise many kinds
         raise CheckpointError(
-            f"checkpoint {folder / str(step)} cannot be written ({_first_line(error)}): "
+            f"checkpoint {folder / str(step)} cannot be written ({_reason(error)}): "
             "check the space and the permissions there, then run the same command to resume"
         ) from error
 
@@ -59,7 +59,7 @@ def load(folder: Path, step: int, like: Any, owner: dict[str, Any]) -> Any:
             state = checkpointer.load(step, like)
     except Exception as error:
         raise CheckpointError(
-            f"checkpoint {path} cannot be read ({_first_line(error)}): "
+            f"checkpoint {path} cannot be read ({_reason(error)}): "
             "delete that folder, then run the same command to resume from the one before"
         ) from error
     differ = [name for name in owner if (saved_for or {}).get(name) != owner[name]]
@@ -78,13 +78,18 @@ def _one_error() -> Iterator[None]:
     sys.unraisablehook = lambda found: None if "loop is closed" in str(found.exc_value) else hook(found)
     try:
         yield
-        sys.unraisablehook = hook  # after a failure it stays: tasks still at work find their loop closed at any time
+        sys.unraisablehook = hook
     except Exception:
-        gc.collect()  # failed tasks report when they are collected
+        # Tasks still at work fail at any later time: the hook stays, and so does this filter.
+        logging.getLogger("asyncio").addFilter(lambda record: "OCDBT" not in record.getMessage())
         raise
     finally:
         logging.disable(level)
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}"
+def _reason(error: Exception) -> str:
+    """The operating system's words where there are any, else the first line of the message."""
+    words = re.search(r"([^:\[\]]+) \[(?:os_error|tensorstore)", str(error))
+    return (
+        words[1].strip() if words else f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0][:200]}"
+    )
