@@ -239,6 +239,8 @@ def main(plan: Plan) -> None:
         for row in rows:
             table.add_row(*row)
         console.print(table)
+    for note in induction.notes(outcomes):
+        console.print(f"note: {note}", soft_wrap=True)
     console.print(f"report: {plan.folder / 'report.html'}", soft_wrap=True)
 
 

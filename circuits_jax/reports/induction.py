@@ -71,7 +71,7 @@ def figures(outcomes: Mapping[str, Outcome]) -> dict[str, Figure]:
 
     by_then = main.run.measurements["accuracy"][ok][:, main.run.steps <= LEARNED_BY].max(-1, initial=0.0) >= LEARNED
     control_ok = verdicts.sound(one_layer.evidence)
-    control_accuracy = one_layer.run.measurements["accuracy"][control_ok, -1]
+    best_control = one_layer.run.measurements["accuracy"][control_ok, -1].max() if control_ok.any() else np.nan
     formed = {name: steps[ok] for name, steps in formation(main.run).items()}
     kinds = ", ".join(KINDS)
 
@@ -85,9 +85,7 @@ def figures(outcomes: Mapping[str, Outcome]) -> dict[str, Figure]:
             proportion_interval(int(by_then.sum()), n),
             (">=", 1.0),
         ),
-        "one_layer_accuracy": Figure(
-            "one-layer control: best final accuracy", control_accuracy.max(initial=0.0), None, ("<=", 0.45)
-        ),
+        "one_layer_accuracy": Figure("one-layer control: best final accuracy", best_control, None, ("<=", 0.45)),
         "one_layer_induction_heads": Figure(
             f"one-layer control: induction heads by any of {kinds}", _any_kind(one_layer), None, ("<=", 0)
         ),
@@ -159,11 +157,24 @@ def figure_table(found: Mapping[str, Figure]) -> tuple[list[str], list[list[str]
     """Header and rows: figure, value, interval, aim, met."""
     rows = []
     for figure in found.values():
-        interval = "" if figure.interval is None else f"{figure.interval[0]:.3g} to {figure.interval[1]:.3g}"
+        known = figure.interval is not None and np.isfinite(figure.interval).all()
+        interval = f"{figure.interval[0]:.3g} to {figure.interval[1]:.3g}" if figure.interval and known else ""
         met = {None: "", True: "yes", False: "no"}[figure.met]
         value = f"{figure.value:.4g}" if np.isfinite(figure.value) else "none"
         rows.append([figure.text, value, interval, figure.aim_text or "", met])
     return ["figure", "value", "95 % interval", "aim", "met"], rows
+
+
+def notes(outcomes: Mapping[str, Outcome]) -> list[str]:
+    """What a reader of the tables has to know about these runs in particular."""
+    said = [
+        f"{name}: seeds {', '.join(map(str, outcome.seeds[outcome.run.diverged]))} diverged and are left out"
+        for name, outcome in outcomes.items()
+        if outcome.run.diverged.any()
+    ]
+    if verdicts.sound(outcomes["repeats"].evidence).sum() < 2:
+        said.append("fewer than two sound runs: nothing to fit thresholds for attention on, so it names no heads")
+    return said
 
 
 def verdict_table(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
@@ -268,6 +279,7 @@ def sections(outcomes: Mapping[str, Outcome], found: Mapping[str, Figure], token
             "Verdicts",
             [
                 page.paragraph(READING),
+                *map(page.paragraph, notes(outcomes)),
                 page.table(*verdict_table(main)),
             ],
         ),

@@ -43,13 +43,19 @@ def curves(
                 )  # fmt: skip
                 figure.add_trace(line, row=1, col=column)
             median = go.Scatter(
-                **common, y=np.nanmedian(values, axis=0), name=name, line={"color": colour, "width": 3},
+                **common, y=_median(values), name=name, line={"color": colour, "width": 3},
                 showlegend=name not in shown, hovertemplate=f"{name}, median<br>step %{{x}}: %{{y:.3f}}<extra></extra>",
             )  # fmt: skip
             figure.add_trace(median, row=1, col=column)
             shown.add(name)
         figure.update_xaxes(title="step", row=1, col=column)
     return _layout(figure, 380, title)
+
+
+def _median(values: np.ndarray) -> np.ndarray:
+    """Over the runs that have a value, [E]; NaN where none has."""
+    finite = [column[np.isfinite(column)] for column in values.T]
+    return np.array([np.median(column) if column.size else np.nan for column in finite])
 
 
 def heat_maps(
