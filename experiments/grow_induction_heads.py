@@ -1,7 +1,7 @@
 """Do two-layer transformers grow induction heads, and do weights alone say which heads they are?
 
     python experiments/grow_induction_heads.py              8 seeds, under a minute on two CPU cores
-    python experiments/grow_induction_heads.py --seeds 32   the figures of the README, about two minutes
+    python experiments/grow_induction_heads.py --seeds 32   the figures of the README, one and a half minutes
     python experiments/grow_induction_heads.py --smoke      a quick check that everything runs
 
 Trains small attention-only models on random-period repeats, over many seeds, with two controls: one-layer models, and
@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from circuits_jax.heads import evidence as heads
+from circuits_jax.heads import evidence as head_evidence
 from circuits_jax.heads import verdicts
 from circuits_jax.models.transformer import Norm, Params, TransformerConfig, forward, init_params
 from circuits_jax.reports import induction, page, results, run_folder
@@ -123,21 +123,26 @@ def prepare(settings: Settings) -> Plan:
     if settings.smoke:
         settings = dataclasses.replace(settings, seeds=min(settings.seeds, 2), steps=min(settings.steps, 200))
     name = settings.name or "grow_induction_heads" + "_smoke" * settings.smoke
+    if settings.steps < 1:
+        raise ValueError(f"--steps must be at least 1; got {settings.steps}")
     if settings.seeds < 1:
         raise ValueError(f"--seeds must be at least 1; got {settings.seeds}: there would be nothing to train")
     if settings.first_seed < 0 or settings.first_seed + settings.seeds >= EVALUATION_SEED:
-        raise ValueError(f"--first-seed must be in [0, 2^31 - 1 - seeds); got {settings.first_seed}")
+        raise ValueError(
+            f"--first-seed and the seeds after it must be in [0, 2^31 - 1); got {settings.seeds} seeds from "
+            f"{settings.first_seed}"
+        )
     for field in ("measure_every", "n_evaluation"):
         if getattr(settings, field) < 1:
             raise ValueError(f"{field} must be at least 1; got {getattr(settings, field)}")
-    if Path(name).name != name:
+    if Path(name).name != name or name in (".", ".."):
         raise ValueError(f"--name must be a plain folder name; got {name!r}; --runs-dir says where it goes")
     config = TransformerConfig(
         n_vocab=settings.n_vocab, n_context=settings.n_context, n_heads=settings.n_heads, d_model=settings.d_model,
         d_head=settings.d_head, d_mlp=settings.d_mlp, norm=settings.norm, positions=settings.positions,
     )  # fmt: skip
     optimization = Optimization(
-        n_steps=settings.steps, batch_size=settings.batch_size, learning_rate=settings.learning_rate,
+        batch_size=settings.batch_size, learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay, n_warmup=settings.warmup,
     )  # fmt: skip
     repeats = RepeatedTokens(
@@ -176,8 +181,8 @@ def measure_model(
 ) -> dict[str, Array]:
     """What is followed through training: how well the task is done, and how far the heads have come."""
     logits, _ = forward(config, params, evaluation.tokens)
-    attention = heads.from_attention(config, params, evaluation, looks_back)
-    weights = heads.from_weights(config, params, looks_back, n_distractors)
+    attention = head_evidence.from_attention(config, params, evaluation, looks_back)
+    weights = head_evidence.from_weights(config, params, looks_back, n_distractors)
     names = ("previous_token", "induction")
     return {
         "evaluation_loss": next_token_loss(logits, evaluation),
@@ -252,7 +257,7 @@ def compile_analysis(plan: Plan, config: TransformerConfig) -> Analysis:
 
     def one(params: Params) -> dict[str, Array]:
         key = jax.random.key(0)  # of the copying null
-        return heads.everything(config, params, plan.evaluation, plan.looks_back, plan.n_distractors, key)
+        return head_evidence.everything(config, params, plan.evaluation, plan.looks_back, plan.n_distractors, key)
 
     shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
     stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(plan.seeds), *x.shape), x.dtype), shapes)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -10,10 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from circuits_jax.models.transformer import init_params
 from circuits_jax.reports import results
+from circuits_jax.training.train import Run
 
 SCRIPT = Path(__file__).parent.parent / "experiments" / "grow_induction_heads.py"
 SMALL = ["--seeds", "2", "--steps", "60", "--measure-every", "2", "--n-evaluation", "8", "--name", "small"]
@@ -109,6 +113,7 @@ def test_a_damaged_checkpoint_is_one_clear_error(smoke, tmp_path):
         (["--max-period", "40"], "max_period"),
         (["--learning-rate", "0"], "learning_rate must be positive"),
         (["--name", "a/b"], "--name must be a plain folder name"),
+        (["--name", ".."], "--name must be a plain folder name"),
     ],
 )
 def test_bad_settings_are_named(arguments, message, tmp_path):
@@ -124,6 +129,42 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     refused = run("--smoke", "--runs-dir", str(tmp_path / "runs"))
     assert refused.returncode == 1
     assert re.fullmatch(r"error: \S+ cannot be written: .*\n", refused.stderr)
+
+
+def small_files() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def test_no_space_for_a_checkpoint_is_one_clear_error(tmp_path):
+    """A limit on the size of a file stands in for a full disk: the write fails half way in the same place."""
+    refused = subprocess.run(
+        command(*SMALL, "--runs-dir", str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        preexec_fn=small_files,
+    )
+    assert refused.returncode == 1
+    assert re.search(r"error: checkpoint \S+ cannot be written \(File too large\): check the space", refused.stderr)
+    assert "Traceback" not in refused.stderr + refused.stdout
+
+
+def test_a_diverged_seed_is_analysed_as_nothing_and_the_others_as_ever(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import grow_induction_heads as job
+
+    plan = job.prepare(job.Settings(seeds=2, n_evaluation=4))
+    config = plan.conditions[0].config
+    params = jax.vmap(lambda key: init_params(config, key))(jax.random.split(jax.random.key(0), 2))
+    params = jax.tree.map(np.array, params)
+    analysis = job.compile_analysis(plan, config)
+    whole = job.analyse(analysis, Run(params, np.array([0]), np.zeros((2, 1)), {}))
+    params["W_U"][1, 0, 0] = np.nan
+    evidence = job.analyse(analysis, Run(params, np.array([0]), np.zeros((2, 1)), {}))
+    for name, value in evidence.items():
+        assert np.isnan(value[1]).all(), name
+        np.testing.assert_array_equal(value[0], whole[name][0], err_msg=name)
+        assert np.isfinite(value[0]).all(), name
 
 
 def test_help_is_the_manual():

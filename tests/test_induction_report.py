@@ -59,23 +59,33 @@ def test_a_diverged_run_is_named_and_left_out():
     found = outcomes(diverged=[2])
     figures = induction.figures(found)
     assert figures["diverged"].value == 1
-    assert figures["learned_by_step_300"].value == 1.0
+    assert figures["learned_by_step_300"].value == 7 / 8  # a diverged run has not learned
     assert figures["edge_recall"].value == 1.0
     assert induction.notes(found) == ["repeats: seeds 12 diverged and are left out"]
     _, rows = induction.verdict_table(found["repeats"])
     assert rows[2][:2] == ["12", "diverged"]
-    assert rows[3] == ["13", "1.000", "0.0", "1.0", "100 / 100 / 100", "yes"]
+    assert rows[3] == ["13", "1.000", "100", "0.0@100", "1.0@100", "yes"]
 
 
 def test_when_every_run_diverged_nothing_is_claimed():
     found = outcomes(diverged=range(8))
     figures = induction.figures(found)
-    for name in ("learned_by_step_300", "edge_auroc", "edge_precision", "best_partner", "induction_heads"):
+    assert figures["learned_by_step_300"].value == 0.0
+    for name in ("edge_auroc", "edge_precision", "best_partner", "induction_heads"):
         assert np.isnan(figures[name].value)
         assert not figures[name].met
     assert "fewer than two sound runs" in induction.notes(found)[-1]
     headings = [heading for heading, _ in induction.sections(found, figures, np.arange(3))]
     assert not any("pair" in heading for heading in headings)
+
+
+def test_controls_that_all_diverged_prove_nothing():
+    found = outcomes()
+    run, evidence, seeds = outcome(diverged=range(8), learned=False)
+    found["iid"] = induction.Outcome(seeds, run, evidence, found["iid"].verdicts)
+    figure = induction.figures(found)["iid_induction_heads"]
+    assert np.isnan(figure.value)
+    assert not figure.met
 
 
 def test_a_false_alarm_in_a_control_misses_its_aim():
@@ -90,7 +100,7 @@ def test_disagreement_is_shown():
     found = outcomes()
     found["repeats"].verdicts.heads["previous_token"]["weights"][0] = False
     _, rows = induction.verdict_table(found["repeats"])
-    assert rows[0][2] == "weights none, attention 0.0, effect 0.0"
+    assert rows[0][3] == "weights none, attention 0.0@100, effect 0.0@100"
     assert rows[0][-1] == "no"
     header, table = induction.figure_table(induction.figures(found))
     assert len({len(header), *map(len, table)}) == 1

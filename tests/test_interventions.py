@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from circuits_jax import Interventions, TransformerConfig, forward, init_params
-from circuits_jax.models.interventions import ablate_head
 
 V, T = 9, 6
 CONFIGS = {
@@ -136,7 +135,11 @@ def test_head_scale_is_a_factor_on_w_o(model):
 def test_one_vmap_ablates_every_head(model):
     config, params = model
     n = config.n_layers * config.n_heads
-    run = lambda head: forward(config, params, TOKENS, ablate_head(config.n_layers, config.n_heads, head))[0]  # noqa: E731
+
+    def run(head):
+        scale = jnp.ones(config.n_layers * config.n_heads).at[head].set(0.0).reshape(config.n_layers, config.n_heads)
+        return forward(config, params, TOKENS, Interventions(head_scale=scale))[0]
+
     together = jax.vmap(run)(jnp.arange(n))
     for index in range(n):
         scale = ones(config)["head_scale"]

@@ -12,6 +12,7 @@ from circuits_jax.heads import effects, evidence, nulls, patterns, signatures
 from circuits_jax.models import interventions
 from circuits_jax.tasks import batch
 from circuits_jax.tasks.repeated_tokens import RepeatedTokens
+from circuits_jax.training import train
 
 ALL = ("cpu", "cuda", "tpu")
 B, T, L, H, V = 2, 8, 2, 2, 6
@@ -72,7 +73,6 @@ TABLE = {
     "token_qk": (cj.token_qk, (ROTARY, array(dtype=np.int32))),
     "attention.rotated_queries": (attention.rotated_queries, (ROTARY, array(3, dtype=np.int32))),
     "spectra.entry_variance": (spectra.entry_variance, (CIRCUIT,)),
-    "interventions.ablate_head": (lambda head: interventions.ablate_head(L, H, head), (array(dtype=np.int32),)),
     "patterns.previous_token": (patterns.previous_token, (PATTERN, QUERIES)),
     "patterns.same_position": (patterns.same_position, (PATTERN, QUERIES)),
     "patterns.first_token": (patterns.first_token, (PATTERN, QUERIES)),
@@ -95,6 +95,15 @@ TABLE = {
     ),
     "evidence.from_effects": (lambda params, batch: evidence.from_effects(CONFIG, params, batch), (PARAMS, BATCH)),
     "nulls.norm_matched": (nulls.norm_matched, (WEIGHTS, KEY)),
+    "patterns.after_copies": (patterns.after_copies, (array(T, dtype=np.int32),)),
+    "patterns.mean_over_sequences": (
+        lambda scores, batch: patterns.mean_over_sequences(scores, patterns.earlier_copies, batch),
+        (array(B, L, H), BATCH),
+    ),
+    "train.train": (
+        lambda task, seed, steps: train.train(CONFIG, train.Optimization(), task, seed, steps, lambda params: {}),
+        (SWEPT_TASK, array(dtype=np.int32), array(3, dtype=np.int32)),
+    ),
     "RepeatedTokens.sample": (RepeatedTokens.sample, (SWEPT_TASK, KEY)),
     "batch.sample_batch": (
         lambda task, key, step: batch.sample_batch(task, key, step, B),

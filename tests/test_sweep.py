@@ -15,7 +15,7 @@ from circuits_jax.training import checkpoints, sweep
 from circuits_jax.training.train import Optimization
 
 CONFIG = TransformerConfig(n_vocab=12, n_context=12, n_layers=1, n_heads=2, d_model=16, positions="shortformer")
-OPTIMIZATION = Optimization(n_steps=30, batch_size=8, n_warmup=5)
+OPTIMIZATION = Optimization(batch_size=8, n_warmup=5)
 TASK = RepeatedTokens(min_period=3, max_period=5, n_vocab=12, n_context=12)
 STEPS = [0, 5, 10, 20, 30]
 

@@ -11,7 +11,7 @@ from circuits_jax.tasks.repeated_tokens import RepeatedTokens
 from circuits_jax.training.train import Optimization, Run, advance, init_state, train
 
 CONFIG = TransformerConfig(n_vocab=12, n_context=12, n_layers=1, n_heads=2, d_model=16, positions="shortformer")
-OPTIMIZATION = Optimization(n_steps=40, batch_size=8, learning_rate=5e-3, n_warmup=5)
+OPTIMIZATION = Optimization(batch_size=8, learning_rate=5e-3, n_warmup=5)
 TASK = RepeatedTokens(min_period=3, max_period=5, n_vocab=12, n_context=12)
 STEPS = jnp.array([0, 10, 40])
 
@@ -43,7 +43,7 @@ def test_step_zero_is_the_untrained_model(run):
 
 def test_adamw_step_against_numpy():
     """One update by hand in float64: bias-corrected moments, decoupled decay, warm-up starting at 0."""
-    optimization = Optimization(n_steps=2, batch_size=4, learning_rate=0.1, weight_decay=0.3, n_warmup=2)
+    optimization = Optimization(batch_size=4, learning_rate=0.1, weight_decay=0.3, n_warmup=2)
     state = init_state(CONFIG, optimization, 0)
     key = jax.random.wrap_key_data(state.data_key)
 
@@ -61,6 +61,13 @@ def test_adamw_step_against_numpy():
     expected = w - 0.05 * update
     after, _ = jax.jit(lambda s: advance(CONFIG, optimization, lambda p: {}, TASK, s, 0, jnp.array([2])))(state)
     np.testing.assert_allclose(after.params["W_U"], expected, atol=2e-5)
+
+
+def test_without_warm_up_the_first_update_already_moves():
+    optimization = Optimization(batch_size=4, n_warmup=0)
+    state = init_state(CONFIG, optimization, 0)
+    after, _ = jax.jit(lambda s: advance(CONFIG, optimization, lambda p: {}, TASK, s, 0, jnp.array([1])))(state)
+    assert float(jnp.abs(after.params["W_U"] - state.params["W_U"]).max()) > 1e-3
 
 
 def test_cut_in_pieces_is_the_same_run(run):
@@ -86,7 +93,15 @@ def test_diverged_tells_runs_apart():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("n_steps", 0), ("batch_size", 0), ("n_warmup", -1), ("learning_rate", 0.0)]
+    ("name", "value"),
+    [
+        ("batch_size", 0),
+        ("n_warmup", -1),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("inf")),
+        ("weight_decay", -1.0),
+        ("b2", 1.0),
+    ],
 )
 def test_bad_optimization_is_named(name, value):
     with pytest.raises(ValueError, match=name):

@@ -23,7 +23,10 @@ def copying_score(weights: CircuitWeights) -> Array:
 
 
 def matching_score(weights: CircuitWeights) -> Array:
-    """eigenvalue_positivity of W_E W_QK W_E^T, [L,H] in [-1, 1]: whether a token looks for its own copies."""
+    """eigenvalue_positivity of W_E W_QK W_E^T, [L,H] in [-1, 1]: whether a token looks for its own copies.
+
+    With rotary positions that is at offset 0, where a copy never is: see attention.qk for others.
+    """
     return eigenvalue_positivity(token_qk(weights).eigenvalues())
 
 
@@ -38,7 +41,10 @@ def diagonal_gap(circuit: LowRank) -> Array:
 
 
 def entry_variance(circuit: LowRank) -> tuple[Array, Array]:
-    """Variance of the entries on the diagonal and off it, [...] each, from the Frobenius norm: V x V is not formed."""
+    """Variance of the entries on the diagonal and off it, [...] each, from the Frobenius norm: V x V is not formed.
+
+    The second is NaN for V = 1, which has no entry off the diagonal.
+    """
     size = circuit.shape[-1]
     n_off = size * (size - 1)
     mean_off = (circuit.sum() - circuit.trace()) / n_off

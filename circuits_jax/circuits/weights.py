@@ -25,7 +25,8 @@ class CircuitWeights:
         W_E: [V,D]. W_U: [D,V].
         W_Q, W_K, W_V: [L,H,D,K]. W_O: [L,H,K,D].
         W_P: [T,D] position vectors, or None for "none" and "rotary". [L,T,D] for "shortformer" with a norm, where
-            the gain folded into W_Q and W_K has to be taken out of the positions again, layer by layer.
+            the gain folded into W_Q and W_K has to be taken out of the positions again, layer by layer; a gain of
+            exactly zero cannot be taken out and gives NaN.
         b_Q, b_K, b_V: [L,H,K]. b_O: [L,D]. b_U: [V]. None means zero.
         n_context: longest sequence; needed with "none" and "rotary" positions, where no W_P tells it.
         positions: how positions enter, as in TransformerConfig.
@@ -122,6 +123,15 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "nothing" if shape is None else str(list(shape))
 
 
+def check_positions(weights: CircuitWeights) -> None:
+    """Raises ValueError where W_P and the kind of positions contradict each other."""
+    if (weights.W_P is None) != (weights.positions in ("none", "rotary")):
+        raise ValueError(
+            f"W_P must be given for learned and shortformer positions and left out for none and rotary; got "
+            f"positions={weights.positions!r} with W_P {'missing' if weights.W_P is None else 'given'}"
+        )
+
+
 def params_from_weights(weights: CircuitWeights) -> tuple[TransformerConfig, Params]:
     """The attention-only model with these weights: the way in for arrays of one's own.
 
@@ -138,11 +148,7 @@ def params_from_weights(weights: CircuitWeights) -> tuple[TransformerConfig, Par
     chex.assert_shape(weights.W_O, (n_layers, n_heads, d_head, d_model))
     chex.assert_shape(weights.W_E, (n_vocab, d_model))
     chex.assert_shape(weights.W_U, (d_model, n_vocab))
-    if (weights.W_P is None) != (weights.positions in ("none", "rotary")):
-        raise ValueError(
-            f"W_P must be given for learned and shortformer positions and left out for none and rotary; got "
-            f"positions={weights.positions!r} with W_P {'missing' if weights.W_P is None else 'given'}"
-        )
+    check_positions(weights)
     if weights.W_P is not None and weights.W_P.ndim != 2:
         raise ValueError("W_P must be [T,D]: a shortformer model with norm gains folded in cannot go back")
     n_context = weights.n_context if weights.W_P is None else weights.W_P.shape[0]

@@ -11,7 +11,7 @@ from jax import Array
 
 from circuits_jax.heads import patterns
 from circuits_jax.models.interventions import Interventions
-from circuits_jax.models.transformer import Params, TransformerConfig, apply
+from circuits_jax.models.transformer import Params, TransformerConfig, apply, check_tokens
 from circuits_jax.tasks.batch import Batch, next_token_loss
 
 
@@ -22,9 +22,11 @@ class HeadEffects:
 
     Attributes:
         loss: [L,H] rise of the loss in nats.
+        induction: [L,H,L,H] fall of the induction attention of every head, last, when the first is ablated.
     """
 
     loss: Array
+    induction: Array
 
 
 @jax.tree_util.register_dataclass
@@ -47,22 +49,31 @@ class EdgeEffects:
     joint_induction: Array
 
 
-@partial(jax.jit, static_argnums=0)
 def ablate_heads(config: TransformerConfig, params: Params, batch: Batch) -> HeadEffects:
     """Zero-ablates every head, one at a time, in one vmap.
 
     Args:
         config, params: the model.
         batch: B sequences; the loss is over batch.mask.
+
+    Raises:
+        ValueError: a token out of the vocabulary, too long a sequence.
     """
-    shape = (config.n_layers, config.n_heads)
-    n = math.prod(shape)
-    scales = jnp.concatenate([jnp.ones((1, n)), 1.0 - jnp.eye(n)]).reshape(n + 1, *shape)  # the first changes nothing
-    loss, _ = jax.vmap(lambda scale: _outcome(config, params, batch, Interventions(head_scale=scale)))(scales)
-    return HeadEffects(loss=(loss[1:] - loss[0]).reshape(shape))
+    check_tokens(config, batch.tokens)
+    return _ablate_heads(config, params, batch)
 
 
 @partial(jax.jit, static_argnums=0)
+def _ablate_heads(config: TransformerConfig, params: Params, batch: Batch) -> HeadEffects:
+    shape = (config.n_layers, config.n_heads)
+    n = math.prod(shape)
+    scales = jnp.concatenate([jnp.ones((1, n)), 1.0 - jnp.eye(n)]).reshape(n + 1, *shape)  # the first changes nothing
+    loss, induction = jax.vmap(lambda scale: _outcome(config, params, batch, Interventions(head_scale=scale)))(scales)
+    return HeadEffects(
+        loss=(loss[1:] - loss[0]).reshape(shape), induction=(induction[0] - induction[1:]).reshape(*shape, *shape)
+    )
+
+
 def cut_edges(config: TransformerConfig, params: Params, batch: Batch) -> EdgeEffects:
     """Cuts every edge from a head to a head of a later layer, through q, k and v, one at a time, in one vmap.
 
@@ -72,7 +83,16 @@ def cut_edges(config: TransformerConfig, params: Params, batch: Batch) -> EdgeEf
     Args:
         config, params: the model.
         batch: B sequences with repeats; the loss is over batch.mask.
+
+    Raises:
+        ValueError: a token out of the vocabulary, too long a sequence.
     """
+    check_tokens(config, batch.tokens)
+    return _cut_edges(config, params, batch)
+
+
+@partial(jax.jit, static_argnums=0)
+def _cut_edges(config: TransformerConfig, params: Params, batch: Batch) -> EdgeEffects:
     n_layers, n_heads = config.n_layers, config.n_heads
     shape = (3, n_layers, n_heads, n_layers, n_heads)
     edges = np.array([index for index in np.ndindex(*shape) if index[1] < index[3]], int).reshape(-1, 5)
@@ -107,8 +127,8 @@ def _outcome(
     config: TransformerConfig, params: Params, batch: Batch, interventions: Interventions
 ) -> tuple[Array, Array]:
     """Loss and the induction attention [L,H] of every head, over the positions in batch.mask."""
-    logits, seen = jax.vmap(lambda tokens: apply(config, params, tokens, interventions))(batch.tokens)
+    with jax.default_matmul_precision("highest"):
+        logits, seen = jax.vmap(lambda tokens: apply(config, params, tokens, interventions))(batch.tokens)
     per_head = jax.vmap(jax.vmap(patterns.induction, (0, None, None)), (0, None, None))
     induction = jax.vmap(per_head)(seen.patterns, batch.tokens, batch.mask)
-    # A sequence without a query that counts has no score (NaN) and is left out.
-    return next_token_loss(logits, batch), jnp.nanmean(induction, axis=0)
+    return next_token_loss(logits, batch), patterns.mean_over_sequences(induction, patterns.after_copies, batch)

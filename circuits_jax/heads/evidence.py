@@ -22,7 +22,8 @@ def from_attention(config: TransformerConfig, params: Params, batch: Batch, look
         batch: B sequences with repeats; scores of what an induction head does count the queries in batch.mask.
         looks_back: [T] bool, the queries that count for a previous-token head.
     """
-    _, seen = forward(config, params, batch.tokens)
+    with jax.default_matmul_precision("highest"):
+        _, seen = forward(config, params, batch.tokens)
     looks_back = jnp.asarray(looks_back)
 
     def of_sequence(pattern: Array, tokens: Array, mask: Array) -> dict[str, Array]:
@@ -37,13 +38,18 @@ def from_attention(config: TransformerConfig, params: Params, batch: Batch, look
 
     per_head = jax.vmap(jax.vmap(of_sequence, (0, None, None)), (0, None, None))
     scores = jax.vmap(per_head)(seen.patterns, batch.tokens, batch.mask)
-    return {f"{name}_attention": jnp.nanmean(value, axis=0) for name, value in scores.items()}
+    targets = {"induction": patterns.after_copies, "duplicate_token": patterns.earlier_copies}
+    means = {
+        name: patterns.mean_over_sequences(value, targets[name], batch) if name in targets else value.mean(0)
+        for name, value in scores.items()
+    }
+    return {f"{name}_attention": value for name, value in means.items()}
 
 
 def from_weights(
     config: TransformerConfig, params: Params, looks_back: ArrayLike, n_distractors: float | Array
 ) -> dict[str, Array]:
-    """Weight-only scores from matrix products alone, cheap enough to take during training.
+    """Weight-only scores, cheap enough to take during training.
 
     {previous_token_weights, induction_weights: [L,H], edge_weights: [L,H,L,H]}; induction and edges are in units of
     induction attention, as signatures.induction predicts them.
@@ -78,12 +84,13 @@ def from_spectra(config: TransformerConfig, params: Params, key: Array) -> dict[
 def from_effects(config: TransformerConfig, params: Params, batch: Batch) -> dict[str, Array]:
     """Every head ablated and every edge cut; the axis in front of an edge is q, k, v.
 
-    {ablation_loss: [L,H], edge_loss, edge_effect: [3,L,H,L,H], joint_loss, joint_effect: [3,L,H]}; an effect is the
-    fall of the receiver's own induction attention.
+    {ablation_loss: [L,H], ablation_effect: [L,H,L,H], edge_loss, edge_effect: [3,L,H,L,H], joint_loss, joint_effect:
+    [3,L,H]}; an effect is the fall of the last head's own induction attention.
     """
-    edges = effects.cut_edges(config, params, batch)
+    heads, edges = effects.ablate_heads(config, params, batch), effects.cut_edges(config, params, batch)
     return {
-        "ablation_loss": effects.ablate_heads(config, params, batch).loss,
+        "ablation_loss": heads.loss,
+        "ablation_effect": heads.induction,
         "edge_loss": edges.loss,
         "edge_effect": edges.induction,
         "joint_loss": edges.joint_loss,

@@ -6,9 +6,15 @@ longest period and anywhere after, and its mean over all positions reads .5 for 
 A score is NaN when no query counts.
 """
 
+from collections.abc import Callable
+
 import chex
+import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.scipy.special import xlogy
+
+from circuits_jax.tasks.batch import Batch
 
 
 def previous_token(pattern: Array, queries: Array) -> Array:
@@ -40,14 +46,18 @@ def induction(pattern: Array, tokens: Array, queries: Array) -> Array:
     scores 1 on [BOS, r, r]. The position after a copy never lies after t; where it is t itself (the token directly
     before t is its copy) it does not count as a target.
     """
-    copies = earlier_copies(tokens)
-    after = jnp.pad(copies, ((0, 0), (1, 0)))[:, :-1] & ~jnp.eye(len(tokens), dtype=bool)
+    after = after_copies(tokens)
     return jnp.mean(jnp.sum(pattern * after, axis=-1), where=queries & after.any(-1))
+
+
+def after_copies(tokens: Array) -> Array:
+    """[T,T] bool: entry (t,j) is true where j < t and j - 1 holds the same token as t: what induction looks for."""
+    return jnp.tril(jnp.pad(earlier_copies(tokens), ((0, 0), (1, 0)))[:, :-1], k=-1)
 
 
 def entropy(pattern: Array, queries: Array) -> Array:
     """Mean over queries t >= 1 of H(attention of t) / ln(t + 1): 0 for one key, 1 for uniform attention."""
-    p_log_p = jnp.where(pattern > 0, pattern * jnp.log(jnp.where(pattern > 0, pattern, 1.0)), 0.0)
+    p_log_p = xlogy(pattern, jnp.where(pattern == 0, 1.0, pattern))
     most = jnp.log(jnp.arange(1, len(pattern)) + 1.0)
     return jnp.mean(-p_log_p.sum(-1)[1:] / most, where=queries[1:])
 
@@ -57,3 +67,15 @@ def earlier_copies(tokens: Array) -> Array:
     chex.assert_rank(tokens, 1)
     same = tokens[:, None] == tokens[None, :]
     return jnp.tril(same, k=-1)
+
+
+def mean_over_sequences(scores: Array, targets: Callable[[Array], Array], batch: Batch) -> Array:
+    """Mean of scores [B,...] over the sequences in which a query of batch.mask has a target; NaN where none has.
+
+    Args:
+        scores: one for each sequence.
+        targets: tokens [T] -> bool [T,T], such as earlier_copies.
+        batch: B sequences.
+    """
+    counts = (batch.mask & jax.vmap(targets)(batch.tokens).any(-1)).any(-1)
+    return jnp.mean(scores, axis=0, where=counts.reshape(-1, *[1] * (scores.ndim - 1)))

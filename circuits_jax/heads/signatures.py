@@ -17,7 +17,7 @@ from circuits_jax.circuits.composition import k_path
 from circuits_jax.circuits.linear_algebra import einsum
 from circuits_jax.circuits.low_rank import LowRank
 from circuits_jax.circuits.spectra import diagonal_gap, entry_variance
-from circuits_jax.circuits.weights import CircuitWeights
+from circuits_jax.circuits.weights import CircuitWeights, check_positions
 from circuits_jax.heads import patterns
 from circuits_jax.models.transformer import NORM_EPSILON, rotate
 
@@ -29,9 +29,9 @@ def previous_token(weights: CircuitWeights, queries: Array) -> Array:
         weights: of the model.
         queries: [T] bool, the positions that count.
 
-    The pattern is the causal softmax of W_P W_QK W_P^T / sqrt(K). Rotary positions have no W_P: there the score
-    depends on the offset alone, e W_Q R_offset W_K^T e^T / sqrt(K) with e the mean token. Without positions the
-    pattern is uniform.
+    The pattern is the causal softmax of (W_P W_Q + b_Q)(W_P W_K + b_K)^T / sqrt(K). Rotary positions have no W_P:
+    there the score depends on the offset alone, e W_Q R_offset W_K^T e^T / sqrt(K) with e the mean token. Without
+    positions the pattern is uniform.
     """
     score = jax.vmap(jax.vmap(patterns.previous_token, (0, None)), (0, None))
     return score(position_pattern(weights, len(queries)), queries)
@@ -40,6 +40,7 @@ def previous_token(weights: CircuitWeights, queries: Array) -> Array:
 def position_pattern(weights: CircuitWeights, length: int) -> Array:
     """The causal attention pattern that positions (and attention biases) alone would give, [L,H,T,T]."""
     size = residual_size(weights, length)
+    check_positions(weights)
     n_layers, _, d_model, d_head = weights.W_Q.shape
     if weights.positions == "none":
         read = jnp.zeros((length, d_model))

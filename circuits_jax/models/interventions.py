@@ -6,7 +6,6 @@ Because it is a pytree, one vmap ablates every head at once and one grad gives t
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 
@@ -27,9 +26,3 @@ class Interventions:
     q_edges: Array | None = None
     k_edges: Array | None = None
     v_edges: Array | None = None
-
-
-def ablate_head(n_layers: int, n_heads: int, head: Array) -> Interventions:
-    """Zero ablation of one head; head is its index layer * H + head in [0, LH)."""
-    scale = jnp.ones(n_layers * n_heads).at[head].set(0.0)
-    return Interventions(head_scale=scale.reshape(n_layers, n_heads))

@@ -65,9 +65,9 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         for name in ("n_vocab", "n_context", "n_layers", "n_heads", "d_model"):
-            _require_int(name, getattr(self, name), at_least=1)
+            object.__setattr__(self, name, _require_int(name, getattr(self, name), at_least=1))
         for name in ("d_head", "d_mlp"):
-            _require_int(name, getattr(self, name), at_least=0)
+            object.__setattr__(self, name, _require_int(name, getattr(self, name), at_least=0))
         for name, choices in (("norm", get_args(Norm)), ("positions", get_args(Positions))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
@@ -85,9 +85,10 @@ class TransformerConfig:
             raise ValueError(f"init_std must be a positive finite number; got {std!r}")
 
 
-def _require_int(name: str, value: object, at_least: int) -> None:
+def _require_int(name: str, value: object, at_least: int) -> int:
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < at_least:
         raise ValueError(f"{name} must be an integer of at least {at_least}; got {value!r}")
+    return int(value)
 
 
 @jax.tree_util.register_dataclass
@@ -231,7 +232,7 @@ class Block(nn.Module):
         """
         norm = Normalize(self.config.norm, name="attention_norm")
         edges = (interventions.q_edges, interventions.k_edges, interventions.v_edges)
-        read_q, read_k, read_v = (norm(cut_edges(x, senders, scale, self.layer)) for scale in edges)
+        read_q, read_k, read_v = (norm(read_through(x, senders, scale, self.layer)) for scale in edges)
         scale = None if interventions.head_scale is None else interventions.head_scale[self.layer]
         attention = Attention(self.config, name="attention")
         output, seen = attention(read_q + positions, read_k + positions, read_v, scale)
@@ -285,7 +286,7 @@ class Transformer(nn.Module):
         return logits, Activations(jnp.stack(residual), *(jnp.stack(field) for field in zip(*seen, strict=True)))
 
 
-def cut_edges(x: Array, senders: list[Array], edges: Array | None, layer: int) -> Array:
+def read_through(x: Array, senders: list[Array], edges: Array | None, layer: int) -> Array:
     """What each head of a layer reads when the edges into it are scaled: x_h = x - sum_a (1 - e_ah) o_a.
 
     Args:

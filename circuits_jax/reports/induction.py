@@ -18,13 +18,13 @@ from circuits_jax.training.train import Run
 LEARNED, LEARNED_BY = 0.98, 300
 FORMED = 0.5  # accuracy or attention at which something counts as formed
 READING = f"""
-Heads are named layer.head; one list where weights, attention and effect agree. Formed at step: accuracy /
-previous-token attention / induction attention first at {FORMED}. By effect, an edge is one whose cut lowers the
-receiver's own induction attention by more than {verdicts.THRESHOLD}, a number fixed before on other runs; by weights,
-one whose predicted fall is larger than the same number, so nothing is fitted. The thresholds for attention are fitted
-on the other half of the seeds. Where the three disagree, the usual reason is redundancy: of several previous-token
-heads none is needed alone. What weights establish is what inputs of the right kind would make a head do; only the
-effect says what it does on the task.
+Heads are named layer.head@step, the step at which the head's own attention first reached {FORMED}; one list where
+weights, attention and effect agree. Reached: the step at which accuracy did. By effect, an edge is one whose cut
+lowers the receiver's own induction attention by more than {verdicts.THRESHOLD}, a number fixed before on other
+runs; by weights, one whose predicted fall is larger than the same number, so nothing is fitted. The thresholds for
+attention are fitted on the other half of the seeds. Where the three disagree, the usual reason is redundancy: of
+several previous-token heads none is needed alone. What weights establish is what inputs of the right kind would
+make a head do; only the effect says what it does on the task.
 """
 
 
@@ -46,14 +46,17 @@ def strongest_pair(evidence: verdicts.Evidence) -> tuple[int, tuple[int, int], t
 
 
 def formation(run: Run) -> dict[str, np.ndarray]:
-    """Measured step at which accuracy, and the best head's attention of either type, reach FORMED: {name: [S]}."""
-    best = lambda name: run.measurements[name].max((-2, -1))  # noqa: E731
-    values = {
-        "accuracy": run.measurements["accuracy"],
-        "previous_token": best("previous_token_attention"),
-        "induction": best("induction_attention"),
-    }
+    """Measured step at which accuracy [S], and the attention of every head by type [S,L,H], first reach FORMED."""
+    by_head = {name: np.moveaxis(run.measurements[f"{name}_attention"], 1, -1) for name in TYPES}
+    values = {"accuracy": run.measurements["accuracy"], **by_head}
     return {name: formation_step(run.steps, value, FORMED) for name, value in values.items()}
+
+
+def first_formed(run: Run) -> dict[str, np.ndarray]:
+    """The same with the earliest head of each type, [S]; NaN where none formed."""
+    formed = {name: steps.reshape(len(steps), -1) for name, steps in formation(run).items()}
+    earliest = {name: np.where(np.isnan(steps), np.inf, steps).min(-1) for name, steps in formed.items()}
+    return {name: np.where(np.isinf(steps), np.nan, steps) for name, steps in earliest.items()}
 
 
 def figures(outcomes: Mapping[str, Outcome]) -> dict[str, Figure]:
@@ -61,7 +64,6 @@ def figures(outcomes: Mapping[str, Outcome]) -> dict[str, Figure]:
     main, iid, one_layer = outcomes["repeats"], outcomes["iid"], outcomes["one_layer"]
     ok = verdicts.sound(main.evidence)
     found = {name: value[ok] for name, value in main.evidence.items()}
-    n = int(ok.sum())
     pairs = verdicts.earlier(found["edge_weights"])
     truth = verdicts.edge_truth(found)[:, pairs]
     labels = main.verdicts.edges["weights"][ok][:, pairs]
@@ -69,10 +71,11 @@ def figures(outcomes: Mapping[str, Outcome]) -> dict[str, Figure]:
     effect = found["edge_effect"][:, K_INPUT][:, pairs]
     right = verdicts.partners_right(found)
 
-    by_then = main.run.measurements["accuracy"][ok][:, main.run.steps <= LEARNED_BY].max(-1, initial=0.0) >= LEARNED
+    early = main.run.measurements["accuracy"][:, (main.run.steps > 0) & (main.run.steps <= LEARNED_BY)]
+    by_then = (early >= LEARNED).any(-1) & ok if early.size else np.zeros(0, bool)
     control_ok = verdicts.sound(one_layer.evidence)
     best_control = one_layer.run.measurements["accuracy"][control_ok, -1].max() if control_ok.any() else np.nan
-    formed = {name: steps[ok] for name, steps in formation(main.run).items()}
+    formed = {name: steps[ok] for name, steps in first_formed(main.run).items()}
     kinds = ", ".join(KINDS)
 
     def over_runs(text: str, statistic: Any, *arrays: np.ndarray, aim: tuple[str, float] | None = None) -> Figure:
@@ -81,13 +84,13 @@ def figures(outcomes: Mapping[str, Outcome]) -> dict[str, Figure]:
     out = {
         "learned_by_step_300": Figure(
             f"runs at {LEARNED:.0%} accuracy on repeats by step {LEARNED_BY}",
-            float(by_then.mean()) if n else np.nan,
-            proportion_interval(int(by_then.sum()), n),
+            _mean(by_then),
+            proportion_interval(int(by_then.sum()), by_then.size),
             (">=", 1.0),
         ),
         "one_layer_accuracy": Figure("one-layer control: best final accuracy", best_control, None, ("<=", 0.45)),
         "one_layer_induction_heads": Figure(
-            f"one-layer control: induction heads by any of {kinds}", _any_kind(one_layer), None, ("<=", 0)
+            "one-layer control: induction heads (by attention: it has no edges)", _any_kind(one_layer), None, ("<=", 0)
         ),
         "iid_induction_heads": Figure(
             f"i.i.d. control: induction heads by any of {kinds}", _any_kind(iid), None, ("<=", 0)
@@ -125,13 +128,16 @@ def figures(outcomes: Mapping[str, Outcome]) -> dict[str, Figure]:
         per_run = main.verdicts.agreed(head_type).sum((-2, -1))[ok].astype(float)
         out[f"{head_type}_heads"] = over_runs(f"{name} heads a run, by all of {kinds}", _mean, per_run)
     for name, steps in formed.items():
-        text = f"step at which {name.replace('_', '-')} reaches {FORMED}, median"
+        what = name if name == "accuracy" else f"{name.replace('_', '-')} attention"
+        text = f"step at which {what} first reaches {FORMED}, median"
         out[f"{name}_formed"] = over_runs(text, _nanmedian, steps)
     out["diverged"] = Figure("diverged runs, all kinds", sum(int(o.run.diverged.sum()) for o in outcomes.values()))
     return out
 
 
 def _any_kind(outcome: Outcome) -> float:
+    if not verdicts.sound(outcome.evidence).any():
+        return float("nan")
     return float(np.logical_or.reduce([outcome.verdicts.heads["induction"][kind] for kind in KINDS]).sum())
 
 
@@ -178,29 +184,34 @@ def notes(outcomes: Mapping[str, Outcome]) -> list[str]:
 
 
 def verdict_table(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, one for each run: the heads of each type, which evidence agrees on them, when they formed."""
-    header = ["seed", "accuracy", *(f"{name.replace('_', '-')} heads" for name in TYPES), "formed at step", "all agree"]
+    """Header and rows, one for each run: the heads of each type, when they formed, whether all evidence agrees."""
+    header = ["seed", "accuracy", "reached", *(f"{name.replace('_', '-')} heads" for name in TYPES), "all agree"]
     formed = formation(outcome.run)
     rows = []
     for i, seed in enumerate(outcome.seeds):
         if outcome.run.diverged[i]:
             rows.append([str(seed), "diverged", "", "", "", ""])
             continue
-        heads = [{kind: outcome.verdicts.heads[name][kind][i] for kind in KINDS} for name in TYPES]
-        agree = all((by_kind[kind] == by_kind["effect"]).all() for by_kind in heads for kind in KINDS)
-        when = [formed[name][i] for name in ("accuracy", *TYPES)]
+        heads = {name: {kind: outcome.verdicts.heads[name][kind][i] for kind in KINDS} for name in TYPES}
+        agree = all((by_kind[kind] == by_kind["effect"]).all() for by_kind in heads.values() for kind in KINDS)
         rows.append(
-            [str(seed), f"{outcome.run.measurements['accuracy'][i, -1]:.3f}"]
-            + [_by_kind(by_kind) for by_kind in heads]
-            + [" / ".join(f"{step:.0f}" if np.isfinite(step) else "never" for step in when)]
+            [str(seed), f"{outcome.run.measurements['accuracy'][i, -1]:.3f}", _step(formed["accuracy"][i])]
+            + [_by_kind(heads[name], formed[name][i]) for name in TYPES]
             + ["yes" if agree else "no"]
         )
     return header, rows
 
 
-def _by_kind(heads: Mapping[str, np.ndarray]) -> str:
-    """The heads if all evidence names the same, else the heads by each kind."""
-    names = {kind: " ".join(f"{layer}.{head}" for layer, head in np.argwhere(heads[kind])) or "none" for kind in KINDS}
+def _step(step: float) -> str:
+    return f"{step:.0f}" if np.isfinite(step) else "never"
+
+
+def _by_kind(heads: Mapping[str, np.ndarray], formed: np.ndarray) -> str:
+    """The heads, each with the step at which it formed, if all evidence names the same; else by each kind."""
+    names = {
+        kind: " ".join(f"{layer}.{head}@{_step(formed[layer, head])}" for layer, head in np.argwhere(found)) or "none"
+        for kind, found in heads.items()
+    }
     if len(set(names.values())) == 1:
         return names["effect"]
     return ", ".join(f"{kind} {found}" for kind, found in names.items())
@@ -213,7 +224,7 @@ def datasets(outcomes: Mapping[str, Outcome], settings: Mapping[str, Any]) -> di
         "copying_null": ("run",),
         "ov_eigenvalues": (*heads, "rank"),
         "example_patterns": (*heads, "query", "key"),
-        **dict.fromkeys(("edge_weights", "k_gap", "k_frobenius"), edges),
+        **dict.fromkeys(("edge_weights", "k_gap", "k_frobenius", "ablation_effect"), edges),
         **dict.fromkeys(("edge_loss", "edge_effect"), ("run", "input", *edges[1:])),
         **dict.fromkeys(("joint_loss", "joint_effect"), ("run", "input", "layer", "head")),
     }
@@ -226,6 +237,8 @@ def datasets(outcomes: Mapping[str, Outcome], settings: Mapping[str, Any]) -> di
             dims[f"{key}_over_training"] = ("run", "step", "layer", "head")[: value.ndim]
         for key, value in outcome.evidence.items():
             arrays[key], dims[key] = value, shapes.get(key, heads)
+        for key, value in formation(outcome.run).items():
+            arrays[f"{key}_formed"], dims[f"{key}_formed"] = value, heads[: value.ndim]
         for head_type, by_kind in outcome.verdicts.heads.items():
             for kind, value in by_kind.items():
                 arrays[f"{head_type}_verdict_{kind}"], dims[f"{head_type}_verdict_{kind}"] = value, heads

@@ -115,7 +115,9 @@ def scatter(groups: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str, x_t
         figure.add_trace(
             go.Scatter(x=x, y=y, mode="markers", name=name, marker={"color": colour, "size": 5, "opacity": 0.6})
         )
-    top = max((float(np.max(v)) for xy in groups.values() for v in xy if v.size), default=1.0)
+    top = max(
+        (float(v.max()) for xy in groups.values() for v in (u[np.isfinite(u)] for u in xy) if v.size), default=1.0
+    )
     diagonal = {"x": [0.0, top], "y": [0.0, top], "mode": "lines", "line": {"color": "#999999", "dash": "dot"}}
     figure.add_trace(go.Scatter(**diagonal, name="equal", hoverinfo="skip"))
     figure.update_xaxes(title=x_title)

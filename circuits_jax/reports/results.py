@@ -45,8 +45,11 @@ def save(path: Path, groups: Mapping[str, xarray.Dataset]) -> None:
     shutil.rmtree(part, ignore_errors=True)
     for group, data in groups.items():
         data.to_zarr(part, group=group, mode="w", zarr_format=3, consolidated=False)
-    shutil.rmtree(path, ignore_errors=True)
+    old = path.with_name(path.name + ".old")
+    if path.exists():
+        path.rename(old)
     part.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load(path: Path, group: str) -> xarray.Dataset:

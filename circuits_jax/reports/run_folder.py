@@ -27,7 +27,7 @@ def open_run(folder: Path, settings: dict[str, Any]) -> None:
 
     Args:
         folder: of the run.
-        settings: JSON values that decide the results; written to config.json with the versions and the device.
+        settings: JSON values that decide the results; written to config.json with versions and device at the start.
 
     Raises:
         RunFolderError: the folder holds a run with other settings, an unreadable config.json, or cannot be written.
@@ -38,7 +38,8 @@ def open_run(folder: Path, settings: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if path.exists():
             _compare(folder, json.loads(path.read_text())["settings"], settings)
-        write_json(path, {"settings": settings, **provenance()})
+        else:
+            write_json(path, {"settings": settings, **provenance()})
     except OSError as error:
         raise RunFolderError(f"{folder} cannot be written: {error.strerror}; give another place for the run") from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -144,10 +145,10 @@ def run_command(prepare: Callable[[], T], run: Callable[[T], None]) -> None:
         run: does the work; run folders, checkpoints, the disk and Ctrl-C can fail it (exit codes 1 and 130).
     """
     try:
-        settings = prepare()
-    except ValueError as error:
-        _fail(f"error: {error}", 2)
-    try:
+        try:
+            settings = prepare()
+        except ValueError as error:
+            _fail(f"error: {error}", 2)
         run(settings)
     except KeyboardInterrupt:
         _fail("stopped; what was finished is kept: run the same command again to resume", 130)

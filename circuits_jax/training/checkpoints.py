@@ -55,14 +55,14 @@ def load(folder: Path, step: int, like: Any, owner: dict[str, Any]) -> Any:
     path = folder / str(step)
     try:
         with _one_error(), ocp.training.Checkpointer(folder.absolute()) as checkpointer:
-            saved_for = checkpointer.metadata(step).custom_metadata
-            state = checkpointer.load(step, like)
+            saved_for = checkpointer.metadata(step).custom_metadata or {}
+            differ = [name for name in owner if saved_for.get(name) != owner[name]]
+            state = None if differ else checkpointer.load(step, like)
     except Exception as error:
         raise CheckpointError(
             f"checkpoint {path} cannot be read ({_reason(error)}): "
             "delete that folder, then run the same command to resume from the one before"
         ) from error
-    differ = [name for name in owner if (saved_for or {}).get(name) != owner[name]]
     if differ:
         raise CheckpointError(
             f"checkpoint {path} belongs to another sweep ({', '.join(differ)} differ): use another folder or delete it"

@@ -58,6 +58,7 @@ def sweep(
 
     owner: dict[str, Any] = {"seeds": [int(seed) for seed in seeds], "steps": steps}
     owner |= {"config": repr(config), "optimization": repr(optimization), "task": repr(task)}
+    owner["measurements"] = {name: list(array.shape) for name, array in sorted(records[1].items())}
 
     reached = 0
     if folder is not None and (saved := checkpoints.steps(folder)):

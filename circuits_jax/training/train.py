@@ -1,6 +1,10 @@
-"""One training run as a pure function of a seed: a scan over steps, with the measurements taken inside it."""
+"""One training run as a pure function of a seed: a scan over steps, with the measurements taken inside it.
+
+Training runs at the device's default matmul precision (bfloat16 passes on TPU, tf32 on H100); analysis does not.
+"""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,13 +25,11 @@ class Optimization:
     """AdamW (Loshchilov & Hutter 1711.05101) with a linear warm-up to a constant learning rate; hashable.
 
     Attributes:
-        n_steps: updates of the whole run.
         batch_size: sequences per update.
         learning_rate, weight_decay, b1, b2: of AdamW.
-        n_warmup: updates over which the learning rate rises from 0.
+        n_warmup: updates over which the learning rate rises from 0; 0 for none.
     """
 
-    n_steps: int = 500
     batch_size: int = 32
     learning_rate: float = 1e-2
     weight_decay: float = 1e-2
@@ -36,16 +38,21 @@ class Optimization:
     n_warmup: int = 50
 
     def __post_init__(self) -> None:
-        for name, least in (("n_steps", 1), ("batch_size", 1), ("n_warmup", 0)):
+        for name, least in (("batch_size", 1), ("n_warmup", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive; got {self.learning_rate}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive and finite; got {self.learning_rate}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be finite and not negative; got {self.weight_decay}")
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1):
+            raise ValueError(f"b1 and b2 must be in [0, 1); got {self.b1} and {self.b2}")
 
     def transformation(self) -> optax.GradientTransformation:
         """The optax optimizer, over the parameters as one flat vector: fewer kernels to compile and to launch."""
-        rate = optax.linear_schedule(0.0, self.learning_rate, self.n_warmup)
+        start = 0.0 if self.n_warmup else self.learning_rate
+        rate = optax.linear_schedule(start, self.learning_rate, max(self.n_warmup, 1))
         return optax.flatten(optax.adamw(rate, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay))
 
 
