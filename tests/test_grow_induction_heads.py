@@ -23,6 +23,14 @@ SCRIPT = Path(__file__).parent.parent / "experiments" / "grow_induction_heads.py
 SMALL = ["--seeds", "2", "--steps", "60", "--measure-every", "2", "--n-evaluation", "8", "--name", "small"]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _own_compilation_cache(tmp_path_factory):
+    """Nothing here reads or spoils the user's; the limit on file sizes below leaves truncated entries behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 def command(*arguments: str) -> list[str]:
     return [sys.executable, str(SCRIPT), *arguments]
 
@@ -143,6 +151,7 @@ def test_no_space_for_a_checkpoint_is_one_clear_error(tmp_path):
         text=True,
         timeout=200,
         preexec_fn=small_files,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
     )
     assert refused.returncode == 1
     assert re.search(r"error: checkpoint \S+ cannot be written \(File too large\): check the space", refused.stderr)

@@ -1,6 +1,7 @@
 """Settings of jax that a script makes before its first computation."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ def keep_compilations() -> None:
         root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(root) / "circuits_jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    # An entry that a kill or a full disk cut short is harmless: the program is compiled anew.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
 
 
 def quick_compilation() -> dict[str, Any]:
