@@ -180,7 +180,8 @@ def measure_model(
     config: TransformerConfig, params: Params, evaluation: Batch, looks_back: np.ndarray, n_distractors: float
 ) -> dict[str, Array]:
     """What is followed through training: how well the task is done, and how far the heads have come."""
-    logits, _ = forward(config, params, evaluation.tokens)
+    with jax.default_matmul_precision("highest"):
+        logits, _ = forward(config, params, evaluation.tokens)
     attention = head_evidence.from_attention(config, params, evaluation, looks_back)
     weights = head_evidence.from_weights(config, params, looks_back, n_distractors)
     names = ("previous_token", "induction")

@@ -18,8 +18,13 @@ matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-def _one_at_a_time_on_cpu(factorise: Callable[[Array], Any], signature: str) -> Callable[[Array], Any]:
-    serial = jnp.vectorize(jax.custom_batching.sequential_vmap(factorise), signature=signature)
+def _one_at_a_time_on_cpu(factorise: Callable[[Array], Any]) -> Callable[[Array], Any]:
+    one_by_one = jax.vmap(jax.custom_batching.sequential_vmap(factorise))
+
+    def serial(matrices: Array) -> Any:
+        batch = matrices.shape[:-2]  # as one axis, so one loop to compile
+        factors = one_by_one(matrices.reshape(-1, *matrices.shape[-2:]))
+        return jax.tree.map(lambda factor: factor.reshape(*batch, *factor.shape[1:]), factors)
 
     def factorise_batch(matrices: Array) -> Any:
         return jax.lax.platform_dependent(matrices, cpu=serial, default=factorise)
@@ -27,11 +32,11 @@ def _one_at_a_time_on_cpu(factorise: Callable[[Array], Any], signature: str) -> 
     return factorise_batch
 
 
-qr = _one_at_a_time_on_cpu(lambda a: tuple(jnp.linalg.qr(a)), "(m,n)->(m,r),(r,n)")
+qr = _one_at_a_time_on_cpu(lambda a: tuple(jnp.linalg.qr(a)))
 qr.__doc__ = "Thin QR of [...,M,N]: orthonormal columns [...,M,r] and upper triangle [...,r,N], r = min(M,N)."
 
-svd = _one_at_a_time_on_cpu(lambda a: tuple(jnp.linalg.svd(a, full_matrices=False)), "(m,n)->(m,r),(r),(r,n)")
+svd = _one_at_a_time_on_cpu(lambda a: tuple(jnp.linalg.svd(a, full_matrices=False)))
 svd.__doc__ = "Thin SVD of [...,M,N]: U [...,M,r], singular values [...,r] in falling order, V^T [...,r,N]."
 
-eigenvalues = _one_at_a_time_on_cpu(jnp.linalg.eigvals, "(n,n)->(n)")
+eigenvalues = _one_at_a_time_on_cpu(jnp.linalg.eigvals)
 eigenvalues.__doc__ = "Complex eigenvalues [...,N] of real [...,N,N], unsorted. Has no TPU lowering yet."

@@ -105,10 +105,11 @@ def everything(
 
     jax.lax.map it over runs, not vmap, to bound the memory.
     """
-    return {
-        "example_patterns": forward(config, params, batch.tokens)[1].patterns[0],
-        **from_attention(config, params, batch, looks_back),
-        **from_weights(config, params, looks_back, n_distractors),
-        **from_spectra(config, params, key),
-        **from_effects(config, params, batch),
-    }
+    with jax.default_matmul_precision("highest"):
+        return {
+            "example_patterns": forward(config, params, batch.tokens)[1].patterns[0],
+            **from_attention(config, params, batch, looks_back),
+            **from_weights(config, params, looks_back, n_distractors),
+            **from_spectra(config, params, key),
+            **from_effects(config, params, batch),
+        }
