@@ -260,7 +260,7 @@ def compile_analysis(plan: Plan, config: TransformerConfig) -> Analysis:
         key = jax.random.key(0)  # of the copying null
         return head_evidence.everything(config, params, plan.evaluation, plan.looks_back, plan.n_distractors, key)
 
-    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(plan.seeds), *x.shape), x.dtype), shapes)
     return jax.jit(lambda params: jax.lax.map(one, params)).lower(stacked).compile(devices.quick_compilation())
 

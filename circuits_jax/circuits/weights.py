@@ -108,7 +108,7 @@ def _centre(x: Array, axis: int) -> Array:
 
 def check_params(config: TransformerConfig, params: Params) -> None:
     """Raises ValueError that names the first parameter which is missing, unexpected or of another shape."""
-    expected = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    expected = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     wanted = {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(expected)}
     given = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(params)}
     for name in sorted(wanted.keys() | given.keys()):
@@ -161,7 +161,7 @@ def params_from_weights(weights: CircuitWeights) -> tuple[TransformerConfig, Par
         n_vocab=n_vocab, n_context=n_context, n_layers=n_layers, n_heads=n_heads, d_model=d_model, d_head=d_head,
         norm=weights.norm, positions=weights.positions, bias=bias,
     )  # fmt: skip
-    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, weights.W_E.dtype), shapes)
     params |= {"W_E": weights.W_E, "W_U": weights.W_U}
     if weights.W_P is not None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import AxisType, PartitionSpec
@@ -52,8 +51,8 @@ def sweep(
     _check(seeds, steps)
     n_runs, steps = len(seeds), [int(step) for step in steps]
     initialise, train_on = _programs(config, optimization, measure)
-    states: TrainState = initialise(_pad(np.asarray(seeds)), ())
-    of_chunk = train_on.eval_shape(states, (task, jnp.asarray(0), jnp.zeros(chunk, int)))[1]
+    states: TrainState = initialise(_pad(np.asarray(seeds, np.int32)), ())
+    of_chunk = train_on.eval_shape(states, (task, np.int32(0), np.zeros(chunk, np.int32)))[1]
     records = jax.tree.map(lambda x: np.zeros((n_runs, len(steps), *x.shape[2:]), x.dtype), of_chunk)
 
     owner: dict[str, Any] = {"seeds": [int(seed) for seed in seeds], "steps": steps}
@@ -71,8 +70,8 @@ def sweep(
     while reached < len(steps):
         stops = steps[reached : reached + chunk]
         start = steps[reached - 1] if reached else 0
-        padded = jnp.asarray(stops + stops[-1:] * (chunk - len(stops)))  # one shape, so one compilation
-        states, new = train_on(states, (task, jnp.asarray(start), padded))
+        padded = np.asarray(stops + stops[-1:] * (chunk - len(stops)), np.int32)  # one shape, so one compilation
+        states, new = train_on(states, (task, np.int32(start), padded))
         for whole, part in zip(jax.tree.leaves(records), jax.tree.leaves(new), strict=True):
             whole[:, reached : reached + len(stops)] = np.asarray(part)[:n_runs, : len(stops)]
         reached += len(stops)
