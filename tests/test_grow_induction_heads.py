@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -139,18 +138,17 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     assert re.fullmatch(r"error: \S+ cannot be written: .*\n", refused.stderr)
 
 
-def small_files() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-
 def test_no_space_for_a_checkpoint_is_one_clear_error(tmp_path):
     """A limit on the size of a file stands in for a full disk: the write fails half way in the same place."""
+    limited = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     refused = subprocess.run(
-        command(*SMALL, "--runs-dir", str(tmp_path)),
+        [sys.executable, "-c", limited, str(SCRIPT), *SMALL, "--runs-dir", str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=200,
-        preexec_fn=small_files,
         env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
     )
     assert refused.returncode == 1
