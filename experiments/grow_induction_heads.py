@@ -32,7 +32,8 @@ from rich.table import Table
 
 from circuits_jax.heads import evidence as head_evidence
 from circuits_jax.heads import verdicts
-from circuits_jax.models.transformer import Norm, Params, TransformerConfig, forward, init_params
+from circuits_jax.models.config import Norm, TransformerConfig
+from circuits_jax.models.transformer import Params, forward, init_params
 from circuits_jax.reports import induction, page, results, run_folder
 from circuits_jax.tasks.batch import Batch, accuracy, next_token_loss, sample_batch
 from circuits_jax.tasks.repeated_tokens import RepeatedTokens

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from circuits_jax.models.transformer import TransformerConfig
+from circuits_jax.models.config import TransformerConfig
 from circuits_jax.tasks.repeated_tokens import RepeatedTokens
 from circuits_jax.training import checkpoints, sweep
 from circuits_jax.training.train import Optimization

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from circuits_jax.models.transformer import TransformerConfig, forward
+from circuits_jax.models.config import TransformerConfig
+from circuits_jax.models.transformer import forward
 from circuits_jax.tasks.batch import accuracy, next_token_loss, sample_batch
 from circuits_jax.tasks.repeated_tokens import RepeatedTokens
 from circuits_jax.training.train import Optimization, Run, advance, init_state, train

@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from circuits_jax import TransformerConfig, forward, init_params
+from circuits_jax import Interventions, TransformerConfig, forward, init_params
+from circuits_jax.models.config import Rotary
+from circuits_jax.models.rotary import rotate
 
 V, T = 11, 7
-# Covers every norm, every kind of positions, biases, tied unembedding, MLP, d_head apart from D / H, and 1-3 layers.
+# Covers every norm, every kind of positions, biases, tied unembedding, MLP, d_head apart from D / H, and 1-3 layers;
+# with shared keys and values, both pairings of rotary coordinates, some of them or all, and a scaled embedding.
 CONFIGS = {
     "plain": TransformerConfig(V, T, n_layers=1, n_heads=2, d_model=8),
     "layer-learned-bias-tied-mlp": TransformerConfig(
@@ -28,7 +31,27 @@ CONFIGS = {
     "layer-rotary-bias": TransformerConfig(
         V, T, n_layers=2, n_heads=2, d_model=8, norm="layer", positions="rotary", bias=True
     ),
-}
+    "llama-like": TransformerConfig(
+        V, T, n_layers=2, n_heads=4, n_kv_heads=2, d_model=8, d_head=6, d_mlp=10, norm="rms", positions="rotary",
+        rotary_base=500.0,
+    ),
+    "gptj-like": TransformerConfig(
+        V, T, n_layers=2, n_heads=2, d_model=8, d_head=7, norm="layer", positions="rotary", rotary_dim=4,
+        rotary_pairs="interleaved", bias=True,
+    ),
+    "neox-like-grouped": TransformerConfig(
+        V, T, n_layers=1, n_heads=6, n_kv_heads=3, d_model=8, d_head=6, norm="layer", positions="rotary", rotary_dim=4,
+        bias=True,
+    ),
+    "gemma-like": TransformerConfig(
+        V, T, n_layers=2, n_heads=3, n_kv_heads=1, d_model=8, d_head=4, norm="rms", positions="rotary",
+        rotary_pairs="interleaved", tied=True, embedding_scale=8**0.5,
+    ),
+    "learned-scaled-grouped": TransformerConfig(
+        V, T, n_layers=2, n_heads=4, n_kv_heads=2, d_model=8, d_head=3, bias=True, tied=True, embedding_scale=0.5
+    ),
+}  # fmt: skip
+GROUPED = [name for name, config in CONFIGS.items() if 1 < config.n_kv_heads < config.n_heads]
 PLAIN = CONFIGS["plain"]
 
 
@@ -63,23 +86,26 @@ def oracle_norm(config, params, name, x):
     return np.array(rows)
 
 
-def oracle_rotary(x):
-    """Coordinates i and i + K/2 as real and imaginary part of a number that position t turns by t * 10000^(-2i/K)."""
-    half = x.shape[1] // 2
-    z = x[:, :half] + 1j * x[:, half:]
-    for t in range(len(z)):
-        for i in range(half):
-            z[t, i] *= np.exp(1j * t * 10000.0 ** (-2 * i / x.shape[1]))
-    return np.concatenate([z.real, z.imag], axis=1)
+def oracle_rotary(x, pairs, dim, base, positions):
+    """Pair i of the first dim coordinates as one complex number that position p turns by p * base^(-2i/dim)."""
+    turned = x.copy()
+    for t, position in enumerate(positions):
+        for i in range(dim // 2):
+            a, b = {"half": (i, i + dim // 2), "interleaved": (2 * i, 2 * i + 1)}[pairs]
+            z = (x[t, a] + 1j * x[t, b]) * np.exp(1j * position * base ** (-2 * i / dim))
+            turned[t, a], turned[t, b] = z.real, z.imag
+    return turned
 
 
 def oracle_head(config, attention, head, x_qk, x_v):
     """Scores, pattern and output of one head."""
-    q, k, v = x_qk @ attention["W_Q"][head], x_qk @ attention["W_K"][head], x_v @ attention["W_V"][head]
+    shared = head // (config.n_heads // (config.n_kv_heads or config.n_heads))
+    q, k, v = x_qk @ attention["W_Q"][head], x_qk @ attention["W_K"][shared], x_v @ attention["W_V"][shared]
     if config.bias:
-        q, k, v = q + attention["b_Q"][head], k + attention["b_K"][head], v + attention["b_V"][head]
+        q, k, v = q + attention["b_Q"][head], k + attention["b_K"][shared], v + attention["b_V"][shared]
     if config.positions == "rotary":
-        q, k = oracle_rotary(q), oracle_rotary(k)
+        dim = config.rotary_dim or config.d_head
+        q, k = (oracle_rotary(x, config.rotary_pairs, dim, config.rotary_base, range(len(x))) for x in (q, k))
     length = len(q)
     scores, pattern, output = np.zeros((length, length)), np.zeros((length, length)), np.zeros_like(x_v)
     for t in range(length):
@@ -95,7 +121,7 @@ def oracle_forward(config, params, tokens):
     """Logits and the fields of Activations by their names, float64."""
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     length = len(tokens)
-    x = np.array([params["W_E"][token] for token in tokens])
+    x = np.array([config.embedding_scale * params["W_E"][token] for token in tokens])
     if config.positions == "learned":
         x = x + params["W_P"][:length]
     seen = {"residual": [x]}
@@ -200,6 +226,109 @@ def test_one_position_attends_to_itself():
     np.testing.assert_array_equal(seen.patterns, np.ones((1, 2, 1, 1)))
 
 
+# Rotary positions and shared keys and values ----------------------------------------------------------------------
+
+ROTARIES = [Rotary(), Rotary(pairs="interleaved"), Rotary(dim=4, base=50.0), Rotary(4, "interleaved", 50.0)]
+by_rotary = pytest.mark.parametrize("rotary", ROTARIES, ids=["half", "interleaved", "half-part", "interleaved-part"])
+K = 8
+
+
+def queries_and_keys():
+    return np.random.default_rng(5).normal(size=(2, T, K)).astype(np.float32)
+
+
+@by_rotary
+def test_rotation_agrees_with_complex_multiplication(rotary):
+    x, positions = queries_and_keys()[0], np.array([0, 1, -1, 5, -40, 300, 2])
+    expected = oracle_rotary(x.astype(np.float64), rotary.pairs, rotary.dim or K, rotary.base, positions)
+    turned = rotate(x, positions, rotary)
+    np.testing.assert_allclose(turned, expected, atol=1e-4)
+    np.testing.assert_array_equal(turned[0], x[0])
+    np.testing.assert_array_equal(turned[:, rotary.dim or K :], x[:, rotary.dim or K :])
+
+
+@by_rotary
+def test_rotary_scores_depend_on_the_offset_alone(rotary):
+    q, k = queries_and_keys()
+    scores = [np.asarray(rotate(q, i, rotary)) @ np.asarray(rotate(k, j, rotary)).T for i, j in ((9, 4), (0, -5))]
+    np.testing.assert_allclose(*scores, atol=1e-4)
+    np.testing.assert_allclose(scores[0], np.asarray(rotate(q, 5, rotary)) @ k.T, atol=1e-4)
+    assert np.abs(scores[0] - np.asarray(rotate(q, 4, rotary)) @ k.T).max() > 0.1
+
+
+def test_a_rotation_wider_than_the_head_is_refused():
+    with pytest.raises(ValueError, match="rotary_dim must be even and at most d_head=4; got 6"):
+        rotate(np.ones((T, 4), np.float32), 1, Rotary(dim=6))
+    with pytest.raises(ValueError, match="rotary_dim must be even and at most d_head=5; got 5"):
+        rotate(np.ones((T, 5), np.float32), 1, Rotary())
+
+
+def test_long_positions_keep_their_angles_in_half_precision():
+    """Position 4001 in bfloat16 is 4000: its angles would be off by a whole radian."""
+    x = jnp.ones((1, 2), jnp.bfloat16)
+    expected = oracle_rotary(np.ones((1, 2)), "half", 2, 10_000.0, [4001])
+    turned = rotate(x, np.array([4001]), Rotary())
+    assert turned.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(turned, np.float64), expected, atol=0.02)
+
+
+def edit_attention(params, edit):
+    """params with every attention module replaced by edit of it."""
+    layers = {
+        name: {**layer, "attention": edit(layer["attention"])} for name, layer in params.items() if "layer" in name
+    }
+    return params | layers
+
+
+@pytest.mark.parametrize("name", ["gptj-like", "llama-like"])
+def test_the_two_pairings_are_one_model_up_to_the_order_of_components(name):
+    config, tokens = CONFIGS[name], random_tokens((2, T))
+    params, dim = random_params(config, 2), config.rotary_dim or config.d_head
+    pairs = np.arange(dim).reshape(-1, 2)  # (0, 1), (2, 3), ...: where interleaved has its pairs
+    order = pairs.T.ravel()  # first components of all pairs, then the second ones: where half has them
+    if config.rotary_pairs == "half":
+        order = np.argsort(order)
+    order = np.concatenate([order, np.arange(dim, config.d_head)])
+    moved = ("W_Q", "W_K", "b_Q", "b_K")
+    other = edit_attention(params, lambda a: {n: w[..., order] if n in moved else w for n, w in a.items()})
+    pairing = {"half": "interleaved", "interleaved": "half"}[config.rotary_pairs]
+    logits = forward(config, params, tokens)[0]
+    same = forward(dataclasses.replace(config, rotary_pairs=pairing), other, tokens)[0]
+    np.testing.assert_allclose(same, logits, atol=1e-5)
+    assert np.abs(forward(config, other, tokens)[0] - logits).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_neighbouring_query_heads_share_keys_and_values(name):
+    """Head h reads key/value head h // (H/G): each written out for its H/G neighbours; h mod G is another model."""
+    config, tokens = CONFIGS[name], random_tokens((2, T))
+    params, groups = random_params(config, 3), config.n_kv_heads
+    written_out = dataclasses.replace(config, n_kv_heads=0)
+
+    def logits(kv_heads):
+        shared = ("W_K", "W_V", "b_K", "b_V")
+        full = edit_attention(params, lambda a: {n: w[kv_heads] if n in shared else w for n, w in a.items()})
+        return forward(written_out, full, tokens)[0]
+
+    grouped, heads = forward(config, params, tokens)[0], np.arange(config.n_heads)
+    np.testing.assert_allclose(grouped, logits(heads // (config.n_heads // groups)), atol=1e-5)
+    assert np.abs(grouped - logits(heads % groups)).max() > 1e-2
+
+
+def test_edges_into_heads_that_share_keys_are_cut_for_one_query_head_alone():
+    config = CONFIGS["llama-like"]
+    params, tokens = random_params(config, 4), random_tokens(T)
+    kept = np.ones((2, 4, 2, 4), np.float32)
+    cut = kept.copy()
+    cut[0, :, 1, 1] = 0.0
+    run = jax.jit(lambda edges: forward(config, params, tokens, Interventions(k_edges=edges, v_edges=edges)))
+    (logits, seen), (_, seen_cut) = run(kept), run(cut)
+    np.testing.assert_allclose(logits, forward(config, params, tokens)[0], atol=1e-5)
+    change = np.abs(np.asarray(seen.head_outputs[1]) - seen_cut.head_outputs[1]).max((1, 2))
+    assert change[1] > 1e-3
+    assert (change[[0, 2, 3]] == 0).all()
+
+
 # Initial parameters -----------------------------------------------------------------------------------------------
 
 
@@ -246,6 +375,11 @@ def test_parameters_that_a_model_does_not_use_are_absent():
     assert shapes(positions="rotary").keys() == expected.keys() - {"W_P"}
     assert shapes(positions="none").keys() == expected.keys() - {"W_P"}
     assert shapes(tied=True).keys() == expected.keys() - {"W_U"}
+    assert shapes(n_kv_heads=1, bias=True)["layer_0"]["attention"] == {
+        "W_Q": (2, 8, 4), "W_K": (1, 8, 4), "W_V": (1, 8, 4), "W_O": (2, 4, 8),
+        "b_Q": (2, 4), "b_K": (1, 4), "b_V": (1, 4), "b_O": (8,),
+    }  # fmt: skip
+    assert shapes(n_kv_heads=2) == expected
     assert shapes(norm="rms", bias=True, d_mlp=5) == {
         "W_E": (V, 8),
         "W_P": (T, 8),
@@ -324,6 +458,18 @@ GOOD = {"n_vocab": V, "n_context": T, "n_layers": 2, "n_heads": 2, "d_model": 8}
         ({"init_std": -1.0}, "init_std must be a positive finite number; got -1.0"),
         ({"init_std": float("inf")}, "init_std must be a positive finite number; got inf"),
         ({"init_std": float("nan")}, "init_std must be a positive finite number; got nan"),
+        ({"init_std": "small"}, "init_std must be a positive finite number; got 'small'"),
+        ({"n_kv_heads": 3}, "n_kv_heads must divide n_heads; got n_kv_heads=3, n_heads=2"),
+        ({"n_kv_heads": 4}, "n_kv_heads must divide n_heads; got n_kv_heads=4, n_heads=2"),
+        ({"n_kv_heads": -1}, "n_kv_heads must be an integer of at least 0; got -1"),
+        ({"rotary_dim": 3}, "rotary_dim must be even; got 3"),
+        ({"rotary_dim": 6}, "rotary_dim must be at most d_head=4; got 6"),
+        ({"rotary_dim": 2.0}, "rotary_dim must be an integer of at least 0; got 2.0"),
+        ({"rotary_pairs": "neox"}, "rotary_pairs must be one of half, interleaved; got 'neox'"),
+        ({"rotary_base": 0}, "rotary_base must be a positive finite number; got 0"),
+        ({"rotary_base": None}, "rotary_base must be a positive finite number; got None"),
+        ({"embedding_scale": 0.0}, "embedding_scale must be a positive finite number; got 0.0"),
+        ({"embedding_scale": True}, "embedding_scale must be a positive finite number; got True"),
     ],
 )
 def test_a_bad_config_is_refused_by_name(changes, message):
@@ -339,6 +485,12 @@ def test_a_good_config_is_hashable_and_fills_in_d_head():
     assert config == TransformerConfig(**GOOD, d_head=4)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.d_head = 2
+    assert (config.n_groups, dataclasses.replace(config, n_kv_heads=1).n_groups) == (2, 1)
+    scaled = TransformerConfig(**GOOD, embedding_scale=np.float32(2), rotary_base=50, rotary_dim=np.int64(2))
+    assert hash(scaled) == hash(TransformerConfig(**GOOD, embedding_scale=2.0, rotary_base=50.0, rotary_dim=2))
+    assert scaled.rotary == Rotary(2, "half", 50.0)
+    # An odd head has no last pair, but a part of it does.
+    assert TransformerConfig(**GOOD, d_head=3, positions="rotary", rotary_dim=2).rotary.dim == 2
 
 
 @pytest.mark.parametrize(

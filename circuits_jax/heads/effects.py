@@ -10,8 +10,9 @@ import numpy as np
 from jax import Array
 
 from circuits_jax.heads import patterns
+from circuits_jax.models.config import TransformerConfig
 from circuits_jax.models.interventions import Interventions
-from circuits_jax.models.transformer import Params, TransformerConfig, apply, check_tokens
+from circuits_jax.models.transformer import Params, apply, check_tokens
 from circuits_jax.tasks.batch import Batch, next_token_loss
 
 

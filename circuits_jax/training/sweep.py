@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, PartitionSpec
 
-from circuits_jax.models.transformer import TransformerConfig
+from circuits_jax.models.config import TransformerConfig
 from circuits_jax.tasks.batch import Task
 from circuits_jax.training import checkpoints
 from circuits_jax.training.devices import quick_compilation

@@ -14,7 +14,8 @@ import numpy as np
 import optax
 from jax import Array
 
-from circuits_jax.models.transformer import Params, TransformerConfig, apply, init_params
+from circuits_jax.models.config import TransformerConfig
+from circuits_jax.models.transformer import Params, apply, init_params
 from circuits_jax.tasks.batch import Batch, Task, next_token_loss, sample_batch
 
 Measure = Callable[[Params], dict[str, Array]]
