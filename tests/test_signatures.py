@@ -9,6 +9,7 @@ import pytest
 
 from circuits_jax import CircuitWeights, TransformerConfig, cut_edges, forward, init_params, params_from_weights
 from circuits_jax.heads import signatures
+from circuits_jax.models.config import Rotary
 from circuits_jax.tasks.batch import sample_batch
 from circuits_jax.tasks.repeated_tokens import RepeatedTokens
 
@@ -59,35 +60,39 @@ def planted(senders, gain=6.0, sharpness=20.0, n_layers=2, n_heads=3, noise=0.0,
 # The oracle -------------------------------------------------------------------------------------------------------
 
 
-def random_weights(positions, n_layers=3, n_heads=2, seed=0):
+def random_weights(positions, n_layers=3, n_heads=2, n_groups=2, rotary=Rotary(), seed=0):  # noqa: B008
     """Nothing planted, biases on q and k; for shortformer one W_P for each layer, as norm gains leave it."""
     rng = np.random.default_rng(seed)
     d, k, v, t = 8, 4, 6, 7
     normal = lambda *shape: jnp.asarray(0.6 * rng.normal(size=shape), jnp.float32)  # noqa: E731
-    heads = (n_layers, n_heads)
+    heads, kv_heads = (n_layers, n_heads), (n_layers, n_groups)
     w_p = {"learned": (t, d), "shortformer": (n_layers, t, d)}.get(positions)
     return CircuitWeights(
         W_E=normal(v, d), W_U=normal(d, v), W_P=None if w_p is None else normal(*w_p),
-        W_Q=normal(*heads, d, k), W_K=normal(*heads, d, k), W_V=normal(*heads, d, k), W_O=normal(*heads, k, d),
-        b_Q=normal(*heads, k), b_K=normal(*heads, k), n_context=t, positions=positions,
+        W_Q=normal(*heads, d, k), W_K=normal(*kv_heads, d, k), W_V=normal(*kv_heads, d, k), W_O=normal(*heads, k, d),
+        b_Q=normal(*heads, k), b_K=normal(*kv_heads, k), n_context=t, positions=positions, rotary=rotary,
     )  # fmt: skip
 
 
 def float64(weights):
+    """The arrays by name; keys and values written out for each query head h, that of head h // (H/G)."""
     names = ("W_E", "W_P", "W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K")
-    return {
-        name: np.asarray(getattr(weights, name), np.float64) for name in names if getattr(weights, name) is not None
-    }
+    w = {name: np.asarray(getattr(weights, name), np.float64) for name in names if getattr(weights, name) is not None}
+    n_heads, n_groups = w["W_Q"].shape[1], w["W_K"].shape[1]
+    for name in ("W_K", "W_V", "b_K"):
+        if name in w:
+            w[name] = np.stack([w[name][:, h // (n_heads // n_groups)] for h in range(n_heads)], 1)
+    return w
 
 
-def rotation(offset, k):
-    """R with q R k^T the score of a query that far behind its key: coordinates i and i + K/2 turn together."""
-    matrix = np.zeros((k, k))
-    for i in range(k // 2):
-        angle = offset * 10000.0 ** (-2 * i / k)
-        j = i + k // 2
-        matrix[i, i] = matrix[j, j] = np.cos(angle)
-        matrix[i, j], matrix[j, i] = np.sin(angle), -np.sin(angle)
+def rotation(offset, k, rotary):
+    """R with q R k^T the score of a query that far behind its key: pair i turns by offset * base^(-2i/dim)."""
+    matrix, dim = np.eye(k), rotary.dim or k
+    for i in range(dim // 2):
+        angle = offset * rotary.base ** (-2 * i / dim)
+        a, b = {"half": (i, i + dim // 2), "interleaved": (2 * i, 2 * i + 1)}[rotary.pairs]
+        matrix[a, a] = matrix[b, b] = np.cos(angle)
+        matrix[a, b], matrix[b, a] = np.sin(angle), -np.sin(angle)
     return matrix
 
 
@@ -109,7 +114,7 @@ def oracle_position_pattern(weights, length):
                         read_t, read_s = places[t], places[s]
                     q = read_t @ w["W_Q"][layer, head] + w["b_Q"][layer, head]
                     key = read_s @ w["W_K"][layer, head] + w["b_K"][layer, head]
-                    turn = rotation(t - s, k) if weights.positions == "rotary" else np.eye(k)
+                    turn = rotation(t - s, k, weights.rotary) if weights.positions == "rotary" else np.eye(k)
                     scores.append(q @ turn @ key / np.sqrt(k))
                 pattern[layer, head, t, : t + 1] = np.exp(scores) / np.exp(scores).sum()
     return pattern
@@ -123,7 +128,7 @@ def oracle_previous_token(weights, queries):
 
 def oracle_mean_qk(weights, layer, head):
     w = float64(weights)
-    turns = [rotation(offset, w["W_Q"].shape[-1]) for offset in range(weights.n_context)]
+    turns = [rotation(offset, w["W_Q"].shape[-1], weights.rotary) for offset in range(weights.n_context)]
     turn = np.mean(turns, axis=0) if weights.positions == "rotary" else np.eye(w["W_Q"].shape[-1])
     return w["W_Q"][layer, head] @ turn @ w["W_K"][layer, head].T
 
@@ -180,9 +185,20 @@ def oracle_induction(weights, queries, n):
     return attention, edges, joint
 
 
-@pytest.fixture(scope="module", params=["none", "learned", "shortformer", "rotary"])
+RANDOM = {
+    "none": {},
+    "learned": {},
+    "shortformer": {},
+    "rotary": {},
+    "learned-grouped": {"n_heads": 4},
+    "rotary-grouped": {"n_heads": 4, "rotary": Rotary(2, "interleaved", 50.0)},
+    "rotary-interleaved": {"rotary": Rotary(pairs="interleaved")},
+}
+
+
+@pytest.fixture(scope="module", params=RANDOM)
 def random(request):
-    return random_weights(request.param)
+    return random_weights(request.param.split("-")[0], **RANDOM[request.param])
 
 
 def test_position_pattern_agrees_with_the_formula(random):
@@ -211,19 +227,25 @@ def test_induction_agrees_with_the_dense_formula(random):
 
 
 @pytest.mark.parametrize(
-    ("norm", "positions"),
+    ("norm", "positions", "more"),
     [
-        ("none", "learned"),
-        ("none", "shortformer"),
-        ("layer", "shortformer"),
-        ("none", "rotary"),
-        ("layer", "learned"),
-        ("rms", "rotary"),
+        ("none", "learned", {}),
+        ("none", "shortformer", {}),
+        ("layer", "shortformer", {}),
+        ("none", "rotary", {}),
+        ("layer", "learned", {"n_heads": 4, "n_kv_heads": 2, "embedding_scale": 3.0}),
+        ("rms", "rotary", {}),
+        (
+            "layer",
+            "rotary",
+            {"n_heads": 4, "n_kv_heads": 2, "rotary_dim": 2, "rotary_pairs": "interleaved", "embedding_scale": 3.0},
+        ),
     ],
 )
-def test_position_pattern_is_what_a_model_does_whose_tokens_say_nothing(norm, positions):
+def test_position_pattern_is_what_a_model_does_whose_tokens_say_nothing(norm, positions, more):
     """Equal tokens (zero, but for rotary positions) leave positions alone to decide; so the first layer shows them."""
-    config = TransformerConfig(6, 7, n_layers=1, n_heads=2, d_model=8, norm=norm, positions=positions, bias=True)
+    shape = {"n_layers": 1, "n_heads": 2, "d_model": 8, "d_head": 4}
+    config = TransformerConfig(6, 7, **(shape | more), norm=norm, positions=positions, bias=True)
     rng = np.random.default_rng(2)
     shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
     params = jax.tree.map(lambda leaf: (0.7 * rng.normal(size=leaf.shape)).astype(np.float32), shapes)

@@ -8,12 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from circuits_jax.circuits.weights import CircuitWeights, check_params, params_from_weights
-from circuits_jax.models.transformer import NORM_EPSILON, ROTARY_BASE, TransformerConfig, forward, init_params
+from circuits_jax.circuits.weights import CircuitWeights, check_params, params_from_weights, per_query_head
+from circuits_jax.models.config import Rotary, TransformerConfig
+from circuits_jax.models.transformer import NORM_EPSILON, forward, init_params
 
 TOKENS = np.array([3, 0, 4, 4, 1, 6])
 SHAPE = {"n_vocab": 7, "n_context": 8, "n_layers": 2, "n_heads": 2, "d_model": 16, "d_head": 6}
-# Each value of each option, and the pairs that interact: norm x positions, norm x bias, LayerNorm x tied.
+GROUPED = SHAPE | {"n_heads": 4, "n_kv_heads": 2}
+# Each value of each option, and the pairs that interact: norm x positions, norm x bias, LayerNorm x tied, and shared
+# keys and values, embedding scale x tied, and forms of rotary positions with each norm.
 CONFIGS = {
     "plain": TransformerConfig(**SHAPE, positions="shortformer", bias=True),
     "layer-tied": TransformerConfig(**SHAPE, norm="layer", positions="learned", tied=True),
@@ -21,7 +24,17 @@ CONFIGS = {
     "layer-shortformer": TransformerConfig(**SHAPE, norm="layer", positions="shortformer"),
     "rms-shortformer": TransformerConfig(**SHAPE, norm="rms", positions="shortformer", bias=True, tied=True),
     "rms-none": TransformerConfig(**SHAPE, norm="rms", positions="none"),
-}
+    "grouped-learned-scaled": TransformerConfig(**GROUPED, bias=True, embedding_scale=0.5),
+    "layer-grouped-interleaved-part-tied-scaled": TransformerConfig(
+        **GROUPED, norm="layer", positions="rotary", rotary_dim=4, rotary_pairs="interleaved", rotary_base=100.0,
+        tied=True, embedding_scale=3.0,
+    ),
+    "rms-grouped-half-part-tied-scaled": TransformerConfig(
+        **GROUPED, norm="rms", positions="rotary", rotary_dim=2, bias=True, tied=True, embedding_scale=4.0
+    ),
+    "layer-grouped-shortformer": TransformerConfig(**GROUPED, norm="layer", positions="shortformer", bias=True),
+    "interleaved": TransformerConfig(**SHAPE, positions="rotary", rotary_pairs="interleaved", bias=True),
+}  # fmt: skip
 fold = jax.jit(CircuitWeights.from_params, static_argnums=0)
 
 
@@ -65,15 +78,23 @@ def seen_by_readers(weights, x):
     return x - x.mean(-1, keepdims=True) if weights.norm == "layer" else x
 
 
-def rotation(offset, width):
-    """R with q R_{i-j} k^T = (q turned by i)(k turned by j)^T: the pair (a, a + K/2) turns by offset * base^(-2a/K)."""
-    matrix = np.zeros((width, width))
-    for a in range(width // 2):
-        angle = offset * ROTARY_BASE ** (-2 * a / width)
-        b = a + width // 2
+def rotation(offset, width, rotary=None):
+    """R with q R_{i-j} k^T = (q turned by i)(k turned by j)^T: each pair of components turns by offset * its speed."""
+    matrix = np.eye(width)
+    if rotary is None:
+        return matrix
+    dim = rotary.dim or width
+    for i in range(dim // 2):
+        angle = offset * rotary.base ** (-2 * i / dim)
+        a, b = {"half": (i, i + dim // 2), "interleaved": (2 * i, 2 * i + 1)}[rotary.pairs]
         matrix[a, a] = matrix[b, b] = math.cos(angle)
         matrix[a, b], matrix[b, a] = math.sin(angle), -math.sin(angle)
     return matrix
+
+
+def shared(config, head):
+    """The key/value head of a query head."""
+    return head // (config.n_heads // (config.n_kv_heads or config.n_heads))
 
 
 def bias(weights, name, layer, head):
@@ -101,11 +122,11 @@ def test_scores_are_those_of_the_folded_weights(case):
         n = normalise(weights, seen.residual[layer]) + position_vectors(weights, layer, length)
         for head in range(config.n_heads):
             q = n @ weights.W_Q[layer, head] + bias(weights, "b_Q", layer, head)
-            k = n @ weights.W_K[layer, head] + bias(weights, "b_K", layer, head)
+            k = n @ weights.W_K[layer, shared(config, head)] + bias(weights, "b_K", layer, shared(config, head))
             expected = np.zeros((length, length))
             for i in range(length):
                 for j in range(length):
-                    turn = rotation(i - j, width) if weights.positions == "rotary" else np.eye(width)
+                    turn = rotation(i - j, width, config.rotary if config.positions == "rotary" else None)
                     expected[i, j] = q[i] @ turn @ k[j] / math.sqrt(width)
             assert_close(seen.scores[layer, head], expected)
 
@@ -115,7 +136,7 @@ def test_head_outputs_are_those_of_the_folded_weights(case):
     for layer in range(config.n_layers):
         n, total = normalise(weights, seen.residual[layer]), 0.0
         for head in range(config.n_heads):
-            v = n @ weights.W_V[layer, head] + bias(weights, "b_V", layer, head)
+            v = n @ weights.W_V[layer, shared(config, head)] + bias(weights, "b_V", layer, shared(config, head))
             expected = seen.patterns[layer, head] @ v @ weights.W_O[layer, head]
             assert_close(seen_by_readers(weights, seen.head_outputs[layer, head]), expected)
             total = total + expected
@@ -145,14 +166,18 @@ def test_layer_norm_readers_and_writers_have_no_mean(name):
 def test_shapes_and_static_fields(case):
     config, _, weights, _, _ = case
     assert (weights.n_context, weights.positions, weights.norm) == (8, config.positions, config.norm)
-    assert weights.W_Q.shape == weights.W_K.shape == weights.W_V.shape == (2, 2, 16, 6)
-    assert weights.W_O.shape == (2, 2, 6, 16)
+    assert weights.rotary == config.rotary
+    assert weights.W_Q.shape == (2, config.n_heads, 16, 6)
+    assert weights.W_K.shape == weights.W_V.shape == (2, 2, 16, 6)  # kept as shared, in every row of the table
+    assert weights.W_O.shape == (2, config.n_heads, 6, 16)
     per_layer = config.positions == "shortformer" and config.norm != "none"
     expected = None if config.positions in ("none", "rotary") else (2, 8, 16) if per_layer else (8, 16)
     assert (None if weights.W_P is None else weights.W_P.shape) == expected
     with_bias = config.bias or config.norm == "layer"
     assert (weights.b_Q is not None) == (weights.b_V is not None) == (weights.b_U is not None) == with_bias
     assert (weights.b_O is not None) == config.bias
+    assert weights.context_length == 8
+    assert dataclasses.replace(weights, n_context=0).context_length == (0 if weights.W_P is None else 8)
 
 
 def test_round_trip_gives_the_same_logits(case):
@@ -165,6 +190,8 @@ def test_round_trip_gives_the_same_logits(case):
     new_config, new_params = params_from_weights(weights)
     check_params(new_config, new_params)
     assert (new_config.norm, new_config.positions, new_config.n_context) == (config.norm, config.positions, 8)
+    assert (new_config.n_groups, new_config.rotary) == (config.n_groups, config.rotary)
+    assert (new_config.tied, new_config.embedding_scale) == (False, 1.0)
     assert_close(np.asarray(forward(new_config, new_params, TOKENS)[0]), logits)
 
 
@@ -178,6 +205,18 @@ def test_folding_many_runs_under_vmap():
         assert jax.tree.structure(together) == jax.tree.structure(alone)
         for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
             np.testing.assert_allclose(a[i], b, atol=1e-6)
+
+
+def test_each_query_head_gets_its_neighbours_shared_head():
+    config = CONFIGS["layer-grouped-shortformer"]
+    weights = fold(config, random_params(config))
+    for x in (weights.W_K, weights.b_V):
+        repeated = per_query_head(weights, x)
+        assert repeated.shape == (2, 4, *x.shape[2:])
+        for head, shared_head in enumerate((0, 0, 1, 1)):
+            np.testing.assert_array_equal(repeated[:, head], x[:, shared_head])
+    alone = raw_arrays()
+    assert per_query_head(alone, alone.W_K) is alone.W_K
 
 
 def raw_arrays(**replaced):
@@ -244,8 +283,37 @@ def test_weights_of_a_wrong_shape_are_refused(name):
     whole = raw_arrays(**{bias: np.zeros(shape, np.float32) for bias, shape in biases.items()})
     params_from_weights(whole)
     wrong = dataclasses.replace(whole, **{name: getattr(whole, name)[..., :-1]})
-    with pytest.raises((AssertionError, ValueError), match=r"shape|expected"):
+    with pytest.raises(ValueError, match=r"does not fit W_E .* expected .* got") as error:
         params_from_weights(wrong)
+    # Which of W_E, W_Q and W_K is wrong cannot be known, so the message shows all three.
+    assert f"{name} " in str(error.value)
+    assert str(list(getattr(wrong, name).shape)) in str(error.value)
+
+
+def test_the_first_array_that_does_not_fit_is_named():
+    whole = raw_arrays()
+    for replaced, message in (
+        (
+            {"W_V": whole.W_V[:, :1]},
+            "W_V does not fit W_E [7, 16], W_Q [2, 2, 16, 6] and W_K [2, 2, 16, 6]: "
+            "expected [L,G,D,K] = [2, 2, 16, 6], got [2, 1, 16, 6]",
+        ),
+        ({"W_Q": whole.W_Q[0]}, "W_Q must have shape [L,H,D,K]; got [2, 16, 6]"),
+        ({"W_P": whole.W_P[0]}, "W_P must have shape [T,D]; got [16]"),
+        (
+            {"W_K": whole.W_K[:, [0, 1, 1]], "W_V": whole.W_V[:, [0, 1, 1]]},
+            "the 3 heads of W_K and W_V must divide the 2 heads of W_Q and W_O",
+        ),
+        ({"W_K": whole.W_K[:, :0], "W_V": whole.W_V[:, :0]}, "the 0 heads of W_K and W_V must divide the 2 heads"),
+    ):
+        with pytest.raises(ValueError, match="^" + re.escape(message)):
+            params_from_weights(dataclasses.replace(whole, **replaced))
+
+
+def test_a_rotation_that_does_not_fit_is_refused():
+    weights = raw_arrays(W_P=None, positions="rotary", n_context=5, rotary=Rotary(dim=8))
+    with pytest.raises(ValueError, match="rotary_dim must be at most d_head=6; got 8"):
+        params_from_weights(weights)
 
 
 def test_n_context_replaces_position_vectors():

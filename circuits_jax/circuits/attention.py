@@ -1,14 +1,16 @@
-"""The two circuits of a head: QK, where it looks, and OV, what it moves; in residual, token and position space."""
+"""The two circuits of a head: QK, where it looks, and OV, what it moves; in residual and position space."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from circuits_jax.circuits.linear_algebra import matmul
+from circuits_jax.circuits.linear_algebra import einsum, matmul, qr
 from circuits_jax.circuits.low_rank import LowRank
-from circuits_jax.circuits.weights import CircuitWeights
-from circuits_jax.models.transformer import rotate
+from circuits_jax.circuits.weights import CircuitWeights, per_query_head
+from circuits_jax.models.rotary import rotary_angles, rotate, turn_pairs
 
 
 def qk(weights: CircuitWeights, offset: ArrayLike = 0) -> LowRank:
@@ -19,40 +21,79 @@ def qk(weights: CircuitWeights, offset: ArrayLike = 0) -> LowRank:
         offset: i - j. With rotary positions there is one matrix per offset, W_Q R_offset W_K^T; without, it
             changes nothing.
 
-    Query and key biases are not part of it (see CircuitWeights.b_Q, b_K).
+    Query and key biases are not part of it: see qk_with_bias.
     """
-    return LowRank(rotated_queries(weights, jnp.atleast_1d(jnp.asarray(offset))), weights.W_K.mT)
+    queries = rotated_queries(weights, jnp.atleast_1d(jnp.asarray(offset)))
+    return LowRank(queries, per_query_head(weights, weights.W_K).mT)
+
+
+def qk_with_bias(weights: CircuitWeights, offset: ArrayLike = 0) -> LowRank:
+    """[W_Q; b_Q] R_offset [W_K; b_K]^T of every head, [L,H,D+1,D+1]: the whole score, biases too.
+
+    [x_i, 1] M [x_j, 1]^T / sqrt(K) is the exact score before softmax of query i for key j = i - offset, with x what
+    q and k read. A missing bias is a row of zeros.
+
+    The query bias against keys (last row) changes attention. The key bias against queries (last column) is the same
+    for all keys of a query and drops out of softmax, and so does the last corner; not under rotary positions, where
+    both change with the offset.
+    """
+    w_q, w_k = (
+        jnp.concatenate([w, (jnp.zeros_like(w[..., 0, :]) if b is None else b)[..., None, :]], -2)
+        for w, b in ((weights.W_Q, weights.b_Q), (weights.W_K, weights.b_K))
+    )
+    return qk(dataclasses.replace(weights, W_Q=w_q, W_K=w_k), offset)
 
 
 def mean_qk(weights: CircuitWeights) -> LowRank:
     """W_QK averaged over the offsets 0 ... n_context - 1; W_QK itself without rotary positions."""
     if weights.positions == "rotary" and not weights.n_context:
         raise ValueError("CircuitWeights.n_context must be given to average over the offsets of rotary positions")
-    return LowRank(rotated_queries(weights, jnp.arange(weights.n_context)), weights.W_K.mT)
+    return LowRank(rotated_queries(weights, jnp.arange(weights.n_context)), per_query_head(weights, weights.W_K).mT)
 
 
 def rotated_queries(weights: CircuitWeights, offsets: Array) -> Array:
     """mean over offsets of W_Q R_offset, [L,H,D,K]; W_Q itself without rotary positions."""
     if weights.positions != "rotary":
         return weights.W_Q
-    turned = jax.vmap(lambda offset: rotate(weights.W_Q, jnp.broadcast_to(offset, weights.W_Q.shape[-2:-1])))
-    return turned(offsets).mean(0)
+    angles = rotary_angles(weights.W_Q, offsets, weights.rotary)
+    return turn_pairs(weights.W_Q, jnp.cos(angles).mean(0), jnp.sin(angles).mean(0), weights.rotary)
+
+
+def offset_profile(weights: CircuitWeights) -> Array:
+    """||W_Q R_offset W_K^T||_F of every head at the offsets 0 ... n_context - 1, [L,H,n_context].
+
+    How strongly a head can match queries to keys that far back, whatever the content; constant without rotary
+    positions. It is the size of the circuit, not the score of any one query and key.
+
+    Raises:
+        ValueError: neither n_context nor W_P tells the length of the context.
+    """
+    length = weights.context_length
+    if not length:
+        raise ValueError("CircuitWeights.n_context must be given for a profile over the offsets of the context")
+    if weights.positions != "rotary":
+        norm = qk(weights).frobenius_norm()
+        return jnp.broadcast_to(norm[..., None], (*norm.shape, length))
+    # Q factors keep a norm, and rotation acts on K, which the triangular factors keep: QR once for all offsets.
+    r_q, r_k = qr(weights.W_Q)[1], per_query_head(weights, qr(weights.W_K)[1])
+
+    def norm_at(offset: Array) -> Array:
+        return jnp.linalg.norm(matmul(rotate(r_q, offset, weights.rotary), r_k.mT), axis=(-2, -1))
+
+    # One offset after the other: all at once would take n_context times the memory of the heads.
+    return jnp.moveaxis(jax.lax.map(norm_at, jnp.arange(length)), 0, -1)
 
 
 def ov(weights: CircuitWeights) -> LowRank:
     """W_OV = W_V W_O of every head, [L,H,D,D]: x_j W_OV is what the head moves from an attended position."""
-    return LowRank(weights.W_V, weights.W_O)
+    return LowRank(per_query_head(weights, weights.W_V), weights.W_O)
 
 
-def token_qk(weights: CircuitWeights, offset: ArrayLike = 0) -> LowRank:
-    """W_E W_QK W_E^T of every head, [L,H,V,V]: how much a query token wants a key token, positions aside."""
-    circuit = qk(weights, offset)
-    return LowRank(matmul(weights.W_E, circuit.left), matmul(circuit.right, weights.W_E.T))
-
-
-def token_ov(weights: CircuitWeights) -> LowRank:
-    """W_E W_OV W_U of every head, [L,H,V,V]: what attending to a token (row) does to each logit (column)."""
-    return LowRank(matmul(weights.W_E, weights.W_V), matmul(weights.W_O, weights.W_U))
+def ov_bias(weights: CircuitWeights) -> Array:
+    """b_V W_O of every head, [L,H,D]: what the head adds whatever it attends to; zero without b_V."""
+    if weights.b_V is None:
+        return jnp.zeros_like(weights.W_O[..., 0, :])
+    return einsum("lhk,lhkd->lhd", per_query_head(weights, weights.b_V), weights.W_O)
 
 
 def position_qk(weights: CircuitWeights) -> LowRank:
@@ -64,4 +105,5 @@ def position_qk(weights: CircuitWeights) -> LowRank:
     if weights.W_P is None:
         raise ValueError(f"position space needs W_P; a model with positions={weights.positions!r} has none")
     positions = weights.W_P[..., None, :, :] if weights.W_P.ndim == 3 else weights.W_P
-    return LowRank(matmul(positions, weights.W_Q), matmul(weights.W_K.mT, positions.mT))
+    keys = per_query_head(weights, matmul(positions, weights.W_K))
+    return LowRank(matmul(positions, weights.W_Q), keys.mT)

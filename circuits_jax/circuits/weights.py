@@ -3,13 +3,19 @@
 import dataclasses
 from collections.abc import Callable
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from circuits_jax.circuits.linear_algebra import einsum, matmul
-from circuits_jax.models.transformer import Norm, Params, Positions, TransformerConfig, init_params
+from circuits_jax.models.config import Norm, Positions, Rotary, TransformerConfig
+from circuits_jax.models.transformer import Params, init_params, repeat_groups
+
+# What each array is made of, in the order in which a contradiction is looked for.
+SHAPES = {
+    "W_E": "VD", "W_Q": "LHDK", "W_K": "LGDK", "W_V": "LGDK", "W_O": "LHKD", "W_U": "DV", "W_P": "TD",
+    "b_Q": "LHK", "b_K": "LGK", "b_V": "LGK", "b_O": "LD", "b_U": "V",
+}  # fmt: skip
 
 
 @jax.tree_util.register_dataclass
@@ -22,15 +28,18 @@ class CircuitWeights:
     projected out of what reads (and of what is embedded and written), because no reader sees it.
 
     Attributes:
-        W_E: [V,D]. W_U: [D,V].
-        W_Q, W_K, W_V: [L,H,D,K]. W_O: [L,H,K,D].
+        W_E: [V,D], embedding_scale in it: what enters the residual stream. W_U: [D,V], free of that scale.
+        W_Q: [L,H,D,K]. W_O: [L,H,K,D].
+        W_K, W_V: [L,G,D,K], G a divisor of H. Query head h reads the keys and values of head h // (H/G); see
+            per_query_head.
         W_P: [T,D] position vectors, or None for "none" and "rotary". [L,T,D] for "shortformer" with a norm, where
             the gain folded into W_Q and W_K has to be taken out of the positions again, layer by layer; a gain of
             exactly zero cannot be taken out and gives NaN.
-        b_Q, b_K, b_V: [L,H,K]. b_O: [L,D]. b_U: [V]. None means zero.
+        b_Q: [L,H,K]. b_K, b_V: [L,G,K]. b_O: [L,D]. b_U: [V]. None means zero.
         n_context: longest sequence; needed with "none" and "rotary" positions, where no W_P tells it.
         positions: how positions enter, as in TransformerConfig.
         norm: the norm, now without gain and bias, between the residual stream and these weights.
+        rotary: how "rotary" positions turn q and k.
     """
 
     W_E: Array
@@ -48,6 +57,12 @@ class CircuitWeights:
     n_context: int = dataclasses.field(default=0, metadata={"static": True})
     positions: Positions = dataclasses.field(default="learned", metadata={"static": True})
     norm: Norm = dataclasses.field(default="none", metadata={"static": True})
+    rotary: Rotary = dataclasses.field(default=Rotary(), metadata={"static": True})
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence, which W_P tells as well as n_context does; 0 when neither is given."""
+        return self.n_context if self.W_P is None else self.W_P.shape[-2]
 
     @staticmethod
     def from_params(config: TransformerConfig, params: Params) -> "CircuitWeights":
@@ -94,12 +109,22 @@ class CircuitWeights:
             if config.bias:
                 weights["b_O"] = centre(weights["b_O"], -1)
         return CircuitWeights(
-            W_E=centre(params["W_E"], -1),
+            W_E=centre(config.embedding_scale * params["W_E"], -1),
             **weights,
             n_context=config.n_context,
             positions=config.positions,
             norm=config.norm,
+            rotary=config.rotary,
         )
+
+
+def per_query_head(weights: CircuitWeights, x: Array) -> Array:
+    """What belongs to each key/value head, once for each query head: [L,G,...] -> [L,H,...], h from h // (H/G).
+
+    For W_K, W_V, b_K, b_V and what is made of them; x itself where no heads share keys and values (G = H). Small
+    things first: repeat a product of W_K, not W_K.
+    """
+    return repeat_groups(x, weights.W_Q.shape[1], axis=1)
 
 
 def _centre(x: Array, axis: int) -> Array:
@@ -132,6 +157,30 @@ def check_positions(weights: CircuitWeights) -> None:
         )
 
 
+def check_shapes(weights: CircuitWeights) -> None:
+    """Raises ValueError that names the first array whose shape contradicts W_E [V,D], W_Q [L,H,D,K] or W_K [L,G,D,K].
+
+    W_P has to be [T,D].
+    """
+    given = {name: list(jnp.shape(getattr(weights, name))) for name in SHAPES if getattr(weights, name) is not None}
+    for name in ("W_E", "W_Q", "W_K", "W_P"):
+        if name in given and len(given[name]) != len(SHAPES[name]):
+            raise ValueError(f"{name} must have shape [{','.join(SHAPES[name])}]; got {given[name]}")
+    sizes = {
+        letter: size for name in ("W_K", "W_Q", "W_E") for letter, size in zip(SHAPES[name], given[name], strict=True)
+    }
+    sizes["T"] = weights.context_length
+    for name, shape in given.items():
+        expected = [sizes[letter] for letter in SHAPES[name]]
+        if shape != expected:
+            raise ValueError(
+                f"{name} does not fit W_E {given['W_E']}, W_Q {given['W_Q']} and W_K {given['W_K']}: "
+                f"expected [{','.join(SHAPES[name])}] = {expected}, got {shape}"
+            )
+    if not sizes["G"] or sizes["H"] % sizes["G"]:
+        raise ValueError(f"the {sizes['G']} heads of W_K and W_V must divide the {sizes['H']} heads of W_Q and W_O")
+
+
 def params_from_weights(weights: CircuitWeights) -> tuple[TransformerConfig, Params]:
     """The attention-only model with these weights: the way in for arrays of one's own.
 
@@ -140,26 +189,28 @@ def params_from_weights(weights: CircuitWeights) -> tuple[TransformerConfig, Par
             cannot go back.
 
     Returns:
-        A config and params whose forward pass uses exactly these weights; norms get gain 1 and bias 0.
+        A config and params whose forward pass uses exactly these weights; norms get gain 1 and bias 0, the
+        unembedding is untied and the embedding scale 1.
+
+    Raises:
+        ValueError: W_P, the positions and n_context, or the shapes of the arrays, contradict each other.
     """
-    n_layers, n_heads, d_model, d_head = weights.W_Q.shape
-    n_vocab = weights.W_E.shape[0]
-    chex.assert_shape([weights.W_Q, weights.W_K, weights.W_V], (n_layers, n_heads, d_model, d_head))
-    chex.assert_shape(weights.W_O, (n_layers, n_heads, d_head, d_model))
-    chex.assert_shape(weights.W_E, (n_vocab, d_model))
-    chex.assert_shape(weights.W_U, (d_model, n_vocab))
     check_positions(weights)
-    if weights.W_P is not None and weights.W_P.ndim != 2:
+    if weights.W_P is not None and weights.W_P.ndim == 3:
         raise ValueError("W_P must be [T,D]: a shortformer model with norm gains folded in cannot go back")
-    n_context = weights.n_context if weights.W_P is None else weights.W_P.shape[0]
-    if not n_context:
+    check_shapes(weights)
+    if not weights.context_length:
         raise ValueError("n_context must be given when the weights have no W_P")
+    n_layers, n_heads, d_model, d_head = weights.W_Q.shape
+    n_groups, rotary = weights.W_K.shape[1], weights.rotary
 
     biases = {name: getattr(weights, name) for name in ("b_Q", "b_K", "b_V", "b_O", "b_U")}
     bias = any(value is not None for value in biases.values())
     config = TransformerConfig(
-        n_vocab=n_vocab, n_context=n_context, n_layers=n_layers, n_heads=n_heads, d_model=d_model, d_head=d_head,
-        norm=weights.norm, positions=weights.positions, bias=bias,
+        n_vocab=len(weights.W_E), n_context=weights.context_length, n_layers=n_layers, n_heads=n_heads,
+        d_model=d_model, d_head=d_head, n_kv_heads=n_groups if n_groups != n_heads else 0, norm=weights.norm,
+        positions=weights.positions, rotary_dim=rotary.dim, rotary_pairs=rotary.pairs, rotary_base=rotary.base,
+        bias=bias,
     )  # fmt: skip
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, weights.W_E.dtype), shapes)
@@ -177,5 +228,4 @@ def params_from_weights(weights: CircuitWeights) -> tuple[TransformerConfig, Par
     if config.norm != "none":
         for module in (params["final_norm"], *(params[f"layer_{i}"]["attention_norm"] for i in range(n_layers))):
             module["scale"] = jnp.ones(d_model, weights.W_E.dtype)
-    check_params(config, params)
     return config, params

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from circuits_jax.circuits.attention import mean_qk
-from circuits_jax.circuits.composition import k_path
+from circuits_jax.circuits.composition import k_path_gaps
 from circuits_jax.circuits.linear_algebra import einsum
 from circuits_jax.circuits.low_rank import LowRank
-from circuits_jax.circuits.spectra import diagonal_gap, entry_variance
-from circuits_jax.circuits.weights import CircuitWeights, check_positions
+from circuits_jax.circuits.spectra import entry_variance
+from circuits_jax.circuits.weights import CircuitWeights, check_positions, per_query_head
 from circuits_jax.heads import patterns
-from circuits_jax.models.transformer import NORM_EPSILON, rotate
+from circuits_jax.models.rotary import rotate
+from circuits_jax.models.transformer import NORM_EPSILON
 
 
 def previous_token(weights: CircuitWeights, queries: Array) -> Array:
@@ -50,14 +51,14 @@ def position_pattern(weights: CircuitWeights, length: int) -> Array:
         read = weights.W_P[..., :length, :] / (size[:, None] if weights.positions == "learned" else 1.0)
     read = jnp.broadcast_to(read, (n_layers, length, d_model))
     q = einsum("ltd,lhdk->lhtk", read, weights.W_Q)
-    k = einsum("ltd,lhdk->lhtk", read, weights.W_K)
+    k = einsum("ltd,lgdk->lgtk", read, weights.W_K)
     if weights.b_Q is not None:
         q = q + weights.b_Q[:, :, None]
     if weights.b_K is not None:
         k = k + weights.b_K[:, :, None]
     if weights.positions == "rotary":
-        q, k = rotate(q, jnp.arange(length)), rotate(k, jnp.arange(length))
-    scores = einsum("lhtk,lhsk->lhts", q, k) / math.sqrt(d_head)
+        q, k = (rotate(x, jnp.arange(length), weights.rotary) for x in (q, k))
+    scores = einsum("lhtk,lhsk->lhts", q, per_query_head(weights, k)) / math.sqrt(d_head)
     return jax.nn.softmax(scores, axis=-1, where=jnp.tril(jnp.ones((length, length), bool)))
 
 
@@ -76,8 +77,7 @@ def residual_size(weights: CircuitWeights, length: int) -> Array:
 
 
 def _mean_size(weights: CircuitWeights) -> Array:
-    length = weights.n_context if weights.W_P is None else weights.W_P.shape[-2]
-    return residual_size(weights, max(length, 1)).mean()
+    return residual_size(weights, max(weights.context_length, 1)).mean()
 
 
 def k_composition(weights: CircuitWeights) -> Array:
@@ -87,9 +87,8 @@ def k_composition(weights: CircuitWeights) -> Array:
     over one where it wrote another token. Zero where the sender is not in an earlier layer. An induction edge also
     needs the sender to look one position back, and enough margin over other tokens: see induction.
     """
-    gap = diagonal_gap(k_path(weights)) / math.sqrt(weights.W_Q.shape[-1])
-    gap = gap / _mean_size(weights) ** 3  # the query's, the sender's and the key's norm
-    return jnp.where(_earlier(weights)[:, None, :, None], gap, 0.0)
+    sizes = _mean_size(weights) ** 3  # the query's, the sender's and the key's norm
+    return k_path_gaps(weights) / (math.sqrt(weights.W_Q.shape[-1]) * sizes)
 
 
 @jax.tree_util.register_dataclass
@@ -154,7 +153,8 @@ def _token_noise(weights: CircuitWeights, looks_back: Array) -> Array:
     tokens = weights.W_E / size
     reads = mean_qk(weights)
     left = einsum("vd,mgdk->mgvk", tokens, reads.left) / math.sqrt(weights.W_Q.shape[-1])
-    sent = einsum("lm,lh,vd,lhdk,lhke->mve", _earlier(weights), looks_back, tokens, weights.W_V, weights.W_O)
+    w_v = per_query_head(weights, weights.W_V)
+    sent = einsum("lm,lh,vd,lhdk,lhke->mve", _earlier(weights), looks_back, tokens, w_v, weights.W_O)
     through_senders = LowRank(left, einsum("mgkd,mvd->mgkv", reads.right, sent / size))
     own_token = LowRank(left, einsum("mgkd,vd->mgkv", reads.right, tokens))
     on, off = entry_variance(through_senders)
