@@ -46,7 +46,7 @@ class _Reads:
 
 
 Layer = Callable[[Array], Array]
-Readers = Callable[[Array], CompositionScores]
+Readers = Callable[[Array], tuple[_Reads, ...]]  # through q, k and v
 
 
 def composition_scores(weights: CircuitWeights, offset: ArrayLike = 0) -> CompositionScores:
@@ -97,10 +97,10 @@ def projection_kernel(weights: CircuitWeights) -> CompositionScores:
     writes = orthonormalisation.qr(weights.W_O.mT.astype(jnp.float32))[0].mT
     reads = [orthonormalisation.qr(w.astype(jnp.float32))[0] for w in (weights.W_Q, weights.W_K, weights.W_V)]
 
-    def readers(layer: Array) -> CompositionScores:
-        return CompositionScores(*(_Reads(w[layer], None) for w in reads))  # type: ignore[arg-type]
+    def readers(layer: Array) -> tuple[_Reads, ...]:
+        return tuple(_Reads(w[layer], None) for w in reads)
 
-    def shared(layer: Array, reads: CompositionScores) -> CompositionScores:
+    def shared(layer: Array, reads: tuple[_Reads, ...]) -> CompositionScores:
         squares = jax.tree.map(jnp.square, _of_layers(writes[layer], reads, _norms))
         return jax.tree.map(lambda x: repeat_groups(x, weights.W_Q.shape[1], axis=1), squares)
 
@@ -148,22 +148,23 @@ def k_path_gaps(weights: CircuitWeights) -> Array:
     """
     n_vocab, total = len(weights.W_E), weights.W_E.sum(0)
     gram = matmul(weights.W_E.T, weights.W_E)
-    queries, keys = rotated_queries(weights, jnp.arange(weights.n_context)), weights.W_K
-    values = per_query_head(weights, weights.W_V)
+    n_layers, n_heads = weights.W_Q.shape[:2]
 
     def reads(layer: Array) -> tuple[Array, Array, Array]:
-        query = queries[layer]
-        return matmul(gram, query), einsum("d,gdk->gk", total, query), per_query_head(weights, keys)[layer]
+        of_layer = dataclasses.replace(weights, W_Q=weights.W_Q[layer][None])
+        query = rotated_queries(of_layer, jnp.arange(weights.n_context))[0]
+        key = repeat_groups(weights.W_K[layer], n_heads)
+        return matmul(gram, query), einsum("d,hdk->hk", total, query), key
 
     def gap(layer: Array, read: tuple[Array, Array, Array]) -> Array:
         matched, summed, key = read
-        value, write = values[layer], weights.W_O[layer]
-        through_keys = einsum("akd,bdj->abkj", write, key)
+        value = repeat_groups(weights.W_V[layer], n_heads)
+        through_keys = einsum("akd,bdj->abkj", weights.W_O[layer], key)
         trace = einsum("abkj,abkj->ab", einsum("adk,bdj->abkj", value, matched), through_keys)
         whole = einsum("ak,abkj,bj->ab", einsum("adk,d->ak", value, total), through_keys, summed)
         return trace / n_vocab - (whole - trace) / (n_vocab * (n_vocab - 1))
 
-    return _of_pairs(len(queries), reads, gap)
+    return _of_pairs(n_layers, reads, gap)
 
 
 def _check_order(sender: tuple[int, int], receiver: tuple[int, int]) -> None:
@@ -178,8 +179,9 @@ def _factors(weights: CircuitWeights, offset: ArrayLike) -> tuple[Layer, Readers
     """
     n_heads, n_groups = weights.W_Q.shape[1], weights.W_K.shape[1]
 
-    def triangles(layer: tuple[Array, ...]) -> Array:
-        return orthonormalisation.triangle(jnp.concatenate(layer).astype(jnp.float32))
+    def triangles(layer: Array) -> Array:
+        w_q, w_k, w_v, w_o = (w[layer] for w in (weights.W_Q, weights.W_K, weights.W_V, weights.W_O))
+        return orthonormalisation.triangle(jnp.concatenate([w_q, w_o.mT, w_k, w_v]).astype(jnp.float32))
 
     def by_group(x: Array) -> Array:
         return x.reshape(n_groups, n_heads // n_groups, *x.shape[1:])
@@ -187,7 +189,7 @@ def _factors(weights: CircuitWeights, offset: ArrayLike) -> tuple[Layer, Readers
     def turned(x: Array) -> Array:
         return rotate(x, offset, weights.rotary) if weights.positions == "rotary" else x
 
-    factors = jax.lax.map(triangles, (weights.W_Q, weights.W_O.mT, weights.W_K, weights.W_V))
+    factors = jax.lax.map(triangles, jnp.arange(len(weights.W_Q)))
     r_q, r_o, r_k, r_v = jnp.split(factors, (n_heads, 2 * n_heads, 2 * n_heads + n_groups), axis=1)
     r_q = turned(r_q)
     k_of_head, v_of_head = per_query_head(weights, r_k), per_query_head(weights, r_v)
@@ -196,11 +198,11 @@ def _factors(weights: CircuitWeights, offset: ArrayLike) -> tuple[Layer, Readers
     def senders(layer: Array) -> Array:
         return matmul(v_of_head[layer] / ov_size[layer], weights.W_O[layer].astype(jnp.float32))
 
-    def readers(layer: Array) -> CompositionScores:
+    def readers(layer: Array) -> tuple[_Reads, ...]:
         w_q, w_k, w_v = (w[layer].astype(jnp.float32) for w in (weights.W_Q, weights.W_K, weights.W_V))
         out_q = (k_of_head[layer] / qk_size[layer]).mT[:, None]
         out_k, out_v = by_group((r_q[layer] / qk_size[layer]).mT), by_group((r_o[layer] / ov_size[layer]).mT)
-        return CompositionScores(*(_fold(*pair) for pair in ((turned(w_q), out_q), (w_k, out_k), (w_v, out_v))))  # type: ignore[arg-type]
+        return _fold(turned(w_q), out_q), _fold(w_k, out_k), _fold(w_v, out_v)
 
     return senders, readers
 
@@ -236,9 +238,9 @@ def _of_pairs(n_layers: int, reads: Callable[[Array], Any], measure: Callable[[A
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), by_receiver)
 
 
-def _of_layers(sent: Array, reads: CompositionScores, measure: Callable[[Array], Array]) -> CompositionScores:
+def _of_layers(sent: Array, reads: tuple[_Reads, ...], measure: Callable[[Array], Array]) -> CompositionScores:
     """The measure of (sender, receiver) for all heads of two layers, [H,H,...] with q, k, v."""
-    return jax.tree.map(lambda read: measure(_product(sent, read)), reads, is_leaf=lambda x: isinstance(x, _Reads))
+    return CompositionScores(*(measure(_product(sent, read)) for read in reads))
 
 
 def _product(sent: Array, reads: _Reads) -> Array:
