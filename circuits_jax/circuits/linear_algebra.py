@@ -18,7 +18,8 @@ matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-def _one_at_a_time_on_cpu(factorise: Callable[[Array], Any]) -> Callable[[Array], Any]:
+def one_at_a_time(factorise: Callable[[Array], Any]) -> Callable[[Array], Any]:
+    """A function of one matrix [M,N] as one of a batch [...,M,N] that takes them in turn, under vmap too."""
     one_by_one = jax.vmap(jax.custom_batching.sequential_vmap(factorise))
 
     def serial(matrices: Array) -> Any:
@@ -26,17 +27,29 @@ def _one_at_a_time_on_cpu(factorise: Callable[[Array], Any]) -> Callable[[Array]
         factors = one_by_one(matrices.reshape(-1, *matrices.shape[-2:]))
         return jax.tree.map(lambda factor: factor.reshape(*batch, *factor.shape[1:]), factors)
 
+    return serial
+
+
+def _one_at_a_time_on_cpu(factorise: Callable[[Array], Any]) -> Callable[[Array], Any]:
     def factorise_batch(matrices: Array) -> Any:
-        return jax.lax.platform_dependent(matrices, cpu=serial, default=factorise)
+        return jax.lax.platform_dependent(matrices, cpu=one_at_a_time(factorise), default=factorise)
 
     return factorise_batch
 
 
 qr = _one_at_a_time_on_cpu(lambda a: tuple(jnp.linalg.qr(a)))
-qr.__doc__ = "Thin QR of [...,M,N]: orthonormal columns [...,M,r] and upper triangle [...,r,N], r = min(M,N)."
+qr.__doc__ = (
+    "Householder's thin QR of [...,M,N]: orthonormal columns [...,M,r], upper triangle [...,r,N], r = min(M,N)."
+)
 
 svd = _one_at_a_time_on_cpu(lambda a: tuple(jnp.linalg.svd(a, full_matrices=False)))
 svd.__doc__ = "Thin SVD of [...,M,N]: U [...,M,r], singular values [...,r] in falling order, V^T [...,r,N]."
 
-eigenvalues = _one_at_a_time_on_cpu(jnp.linalg.eigvals)
-eigenvalues.__doc__ = "Complex eigenvalues [...,N] of real [...,N,N], unsorted. Has no TPU lowering yet."
+singular_values = _one_at_a_time_on_cpu(lambda a: jnp.linalg.svd(a, compute_uv=False))
+singular_values.__doc__ = "Singular values [...,r] of [...,M,N] in falling order, for less than half of svd's cost."
+
+lapack_eigenvalues = one_at_a_time(jnp.linalg.eigvals)
+lapack_eigenvalues.__doc__ = "Complex eigenvalues [...,N] of real [...,N,N], unsorted. CPU only: see eigenvalues.py."
+
+lapack_schur = one_at_a_time(lambda a: tuple(jax.lax.linalg.schur(a)))
+lapack_schur.__doc__ = "Real Schur form A = Z T Z^T of [...,N,N]: quasi-triangular T, orthogonal Z. CPU only."

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from circuits_jax.circuits.attention import token_ov
 from circuits_jax.circuits.composition import composition_scores
 from circuits_jax.circuits.spectra import eigenvalue_positivity
+from circuits_jax.circuits.token_space import token_ov
 from circuits_jax.circuits.weights import CircuitWeights
 from circuits_jax.heads import effects, nulls, patterns, signatures
-from circuits_jax.models.transformer import Params, TransformerConfig, forward
+from circuits_jax.models.config import TransformerConfig
+from circuits_jax.models.transformer import Params, forward
 from circuits_jax.tasks.batch import Batch
 
 
