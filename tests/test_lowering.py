@@ -122,7 +122,7 @@ TABLE = {
     "eigenvalues.francis_schur": (eigenvalues.francis_schur, (SQUARE,)),
     "eigenvalues.of_quasi_triangle": (eigenvalues.of_quasi_triangle, (SQUARE,)),
     "eigenvalues.scaled": (eigenvalues.scaled, (SQUARE,)),
-    "eigenvalues.times": (eigenvalues.times, (VALUES, array(L, H))),
+    "eigenvalues.times": (eigenvalues.times, (VALUES, array(L, H, 1))),
     "nulls.random_circuits": (nulls.random_circuits, (CIRCUIT, KEY)),
     "orthonormalisation.qr": (orthonormalisation.qr, (array(L, 8, 4),)),
     "orthonormalisation.triangle": (orthonormalisation.triangle, (array(L, 8, 4),)),

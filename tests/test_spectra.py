@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from circuits_jax.circuits import spectra
 from circuits_jax.circuits.attention import ov, position_qk, qk
-from circuits_jax.circuits.composition import composition_scores, k_path
+from circuits_jax.circuits.composition import composition_scores, k_path, k_path_gaps
 from circuits_jax.circuits.low_rank import LowRank
 from circuits_jax.circuits.token_space import token_ov, token_qk
 from circuits_jax.circuits.weights import CircuitWeights
@@ -453,7 +453,7 @@ def regauge(weights, seed):
 @jax.jit
 def everything_reported(weights):
     circuits = {"qk": qk(weights), "ov": ov(weights), "token_qk": token_qk(weights), "token_ov": token_ov(weights)}
-    path, queries = k_path(weights), jnp.ones(T, bool)
+    path, queries = k_path(weights, (0, 0), (L - 1, H - 1)).low_rank(), jnp.ones(T, bool)
     numbers = {f"singular values of {name}": circuit.singular_values() for name, circuit in circuits.items()}
     numbers |= {f"norm of {name}": circuit.frobenius_norm() for name, circuit in circuits.items()}
     numbers |= {
@@ -461,7 +461,7 @@ def everything_reported(weights):
         "copying_score": spectra.copying_score(weights),
         "matching_score": spectra.matching_score(weights),
         "composition": composition_scores(weights),
-        "diagonal_gap": spectra.diagonal_gap(path),
+        "diagonal_gap": k_path_gaps(weights),
         "entry_variance": spectra.entry_variance(path),
         "position_pattern": signatures.position_pattern(weights, T),
         "previous_token": signatures.previous_token(weights, queries),
