@@ -72,7 +72,11 @@ def test_condition_of_a_normal_matrix_is_one(name, branch):
 @pytest.mark.parametrize("size", SIZES[1:])
 def test_condition_of_a_defective_matrix_is_huge(size, branch):
     """Rounding splits the eigenvalue of a turned block of size R by eps^(1/R): still 1 / sqrt(eps) for R = 2."""
-    for name, least in {"turned Jordan block": 0.5 / np.sqrt(EPS), "Jordan block": 0.5 / EPS, "shift": 0.5 / EPS}.items():
+    for name, least in {
+        "turned Jordan block": 0.5 / np.sqrt(EPS),
+        "Jordan block": 0.5 / EPS,
+        "shift": 0.5 / EPS,
+    }.items():
         assert (solved(branch, size)[name][1].condition >= least).all()
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from circuits_jax.circuits import linear_algebra
 
 FACTORISATIONS = {
-    name: getattr(linear_algebra, name) for name in ("qr", "svd", "singular_values", "lapack_eigenvalues", "lapack_schur")
+    name: getattr(linear_algebra, name)
+    for name in ("qr", "svd", "singular_values", "lapack_eigenvalues", "lapack_schur")
 }
 SHAPES = {"tall": (7, 4), "wide": (3, 6), "square": (5, 5)}
 JITTED = {name: jax.jit(factorise) for name, factorise in FACTORISATIONS.items()}

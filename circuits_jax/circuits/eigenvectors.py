@@ -11,7 +11,7 @@ from circuits_jax.circuits.linear_algebra import einsum, matmul
 
 
 class Eigen(NamedTuple):
-    """Eigenvalues with their vectors, which lie in columns: A right_r = values_r right_r, left_r^H A = values_r left_r^H.
+    """Eigenvalues with their vectors in columns: A right_r = values_r right_r, left_r^H A = values_r left_r^H.
 
     Attributes:
         values: complex [...,R] in falling order of magnitude.
@@ -59,7 +59,7 @@ def eigenvectors(matrices: Array) -> Eigen:
 def _complex_schur(quasi: Array, basis: Array) -> tuple[Array, Array]:
     """Upper triangular T and unitary Z of the same matrix: each 2 x 2 block turned into its own complex Schur form."""
     first = eigenvalues.of_quasi_triangle(quasi)[..., :-1]
-    diagonal, above, below = (jnp.diagonal(quasi, k, axis1=-2, axis2=-1) for k in (0, 1, -1))
+    diagonal, below = (jnp.diagonal(quasi, k, axis1=-2, axis2=-1) for k in (0, -1))
     # (T - second) v = 0 has the direction (T11 - first', T21) of the first column of T - first', first' the other root.
     other = diagonal[..., :-1] + diagonal[..., 1:] - first
     x, y = diagonal[..., :-1] - other, below.astype(first.dtype)

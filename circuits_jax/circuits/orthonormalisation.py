@@ -16,7 +16,7 @@ from circuits_jax.circuits.linear_algebra import matmul, one_at_a_time
 
 ROWS_AT_ONCE = 4096  # of a tall matrix, when its Gram matrix is summed
 MOST_PASSES = 6
-SHIFT = 32  # in float eps of the Gram matrix's trace; smaller would lose more digits in each pass, larger need more passes
+SHIFT = 32  # in float eps of the Gram matrix's trace; less would cost digits in each pass, more would need more passes
 NEARLY_IDENTITY = 0.5  # a Gram matrix so near the identity (in ||.||_F) is made one, to rounding, by the next pass
 
 
