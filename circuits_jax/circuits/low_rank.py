@@ -212,8 +212,7 @@ class LowRank:
         q_right, r_right = orthonormalisation.qr(self.right.mT)
         u, s, vh = linear_algebra.svd(matmul(r_left, r_right.mT))
         u, vh = matmul(q_left, u), matmul(vh, q_right.mT)
-        largest = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), axis=-2, keepdims=True), axis=-2)
-        sign = jnp.where(largest < 0, -1.0, 1.0)
+        sign = jnp.where(u.max(-2, keepdims=True) >= -u.min(-2, keepdims=True), 1.0, -1.0)
         return SVD(u * sign, s, vh * sign.mT)
 
     def eigenvalues(self) -> Array:
