@@ -480,7 +480,9 @@ def test_nothing_reported_depends_on_the_gauge(seed):
     for name, number in numbers.items():
         for before, after in zip(jax.tree.leaves(number), jax.tree.leaves(turned_numbers[name]), strict=True):
             assert np.isfinite(before).all(), name
-            np.testing.assert_allclose(after, before, rtol=0, atol=1e-5 * np.abs(before).max(), err_msg=name)
+            # Predicted falls of attention are differences of numbers of order 1, and no better than their rounding.
+            atol = max(1e-5 * np.abs(before).max(), 5e-7 if name == "induction" else 0.0)
+            np.testing.assert_allclose(after, before, rtol=0, atol=atol, err_msg=name)
     for name, values in eigenvalues.items():
         for head in np.ndindex(L, H):
             distance = multiset_distance(values[head], turned_eigenvalues[name][head])
