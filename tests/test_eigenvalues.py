@@ -14,7 +14,8 @@ from scipy.optimize import linear_sum_assignment
 
 from circuits_jax.circuits import eigenvalues as solver
 from circuits_jax.circuits.eigenvalues import Eigenvalues, checked, eigenvalues, francis, francis_schur, scaled
-from circuits_jax.models.transformer import TransformerConfig
+from circuits_jax.circuits.eigenvectors import eigenvectors
+from circuits_jax.models.config import TransformerConfig
 from circuits_jax.tasks.repeated_tokens import RepeatedTokens
 from circuits_jax.training.train import Optimization, train
 
@@ -383,3 +384,10 @@ def test_eigenvalues_lower_for(platform):
     """One by one: for all at once JAX would lower LAPACK's call, which is for the CPU, for every platform."""
     export = jax.export.export(jax.jit(lambda a: eigenvalues(a)), platforms=(platform,))
     assert export(jax.ShapeDtypeStruct((2, 3, 8, 8), np.float32)).platforms == (platform,)
+
+
+@pytest.mark.parametrize("matrices", [np.zeros((3, 4)), np.zeros(3), np.zeros((2, 2), complex)], ids=["3x4", "3", "C"])
+@pytest.mark.parametrize("solve", [eigenvalues, eigenvectors], ids=["values", "vectors"])
+def test_what_is_not_real_and_square_is_refused(solve, matrices):
+    with pytest.raises(ValueError, match=r"matrices must be real \[\.\.\.,R,R\]; got"):
+        solve(jnp.asarray(matrices))

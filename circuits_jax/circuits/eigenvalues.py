@@ -85,7 +85,13 @@ def _(axis_size: int, in_batched: list[bool], matrices: Array) -> tuple[tuple[Ar
 
 
 def scaled(matrices: Array) -> tuple[Array, Array]:
-    """The matrices with entries below 2, and the power of two [...] that was taken out, which rounds nothing."""
+    """The matrices with entries below 2, and the power of two [...] that was taken out, which rounds nothing.
+
+    Raises:
+        ValueError: the matrices are not square, or not real.
+    """
+    if matrices.ndim < 2 or matrices.shape[-2] != matrices.shape[-1] or jnp.iscomplexobj(matrices):
+        raise ValueError(f"matrices must be real [...,R,R]; got {matrices.dtype} {list(matrices.shape)}")
     largest = jnp.max(jnp.abs(matrices), axis=(-2, -1), initial=0.0)
     scale = _power_of_two(largest)
     return matrices / scale[..., None, None], scale
