@@ -15,6 +15,11 @@ Writes runs/<name>/: config.json, results.zarr, checkpoints/, summary.json and r
 patterns, spectra, composition maps and verdicts. The same command resumes a run that was stopped.
 """
 
+import os
+
+# Before jax is imported: the threads of OpenBLAS would spin against those of XLA.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import dataclasses
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

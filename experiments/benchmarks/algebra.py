@@ -30,6 +30,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # others share the GPU
 
 import contextlib
+import ctypes
 import dataclasses
 import gc
 import multiprocessing
@@ -286,6 +287,8 @@ def peak_memory(settings: Settings, shape: Shape, task: str, name: str, way: str
     if jax.default_backend() == "gpu" and name != "numpy":
         run()
         return float(sys.modules["torch"].cuda.max_memory_allocated())  # where the weights, JAX's own, are not
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # or what was freed when weights were made would hide a part
     before = resident("VmRSS")
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS
