@@ -180,8 +180,8 @@ def _factors(weights: CircuitWeights, offset: ArrayLike) -> tuple[Layer, Readers
     n_heads, n_groups = weights.W_Q.shape[1], weights.W_K.shape[1]
 
     def triangles(layer: Array) -> Array:
-        w_q, w_k, w_v, w_o = (w[layer] for w in (weights.W_Q, weights.W_K, weights.W_V, weights.W_O))
-        return orthonormalisation.triangle(jnp.concatenate([w_q, w_o.mT, w_k, w_v]).astype(jnp.float32))
+        w_q, w_k, w_v, w_o = (_of_layer(w, layer) for w in (weights.W_Q, weights.W_K, weights.W_V, weights.W_O))
+        return orthonormalisation.triangle(jnp.concatenate([w_q, w_o.mT, w_k, w_v]))
 
     def by_group(x: Array) -> Array:
         return x.reshape(n_groups, n_heads // n_groups, *x.shape[1:])
@@ -196,15 +196,23 @@ def _factors(weights: CircuitWeights, offset: ArrayLike) -> tuple[Layer, Readers
     ov_size, qk_size = (_length(matmul(x, y.mT)) for x, y in ((v_of_head, r_o), (r_q, k_of_head)))
 
     def senders(layer: Array) -> Array:
-        return matmul(v_of_head[layer] / ov_size[layer], weights.W_O[layer].astype(jnp.float32))
+        return matmul(v_of_head[layer] / ov_size[layer], _of_layer(weights.W_O, layer))
 
     def readers(layer: Array) -> tuple[_Reads, ...]:
-        w_q, w_k, w_v = (w[layer].astype(jnp.float32) for w in (weights.W_Q, weights.W_K, weights.W_V))
+        w_q, w_k, w_v = (_of_layer(w, layer) for w in (weights.W_Q, weights.W_K, weights.W_V))
         out_q = (k_of_head[layer] / qk_size[layer]).mT[:, None]
         out_k, out_v = by_group((r_q[layer] / qk_size[layer]).mT), by_group((r_o[layer] / ov_size[layer]).mT)
         return _fold(turned(w_q), out_q), _fold(w_k, out_k), _fold(w_v, out_v)
 
     return senders, readers
+
+
+def _of_layer(weights: Array, layer: Array) -> Array:
+    """One layer in float32. Half-precision layers are picked as bits: XLA's CPU would make float32 of all of them first."""
+    if weights.dtype.itemsize != 2:
+        return weights[layer].astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(weights, jnp.uint16)[layer]
+    return jax.lax.bitcast_convert_type(bits, weights.dtype).astype(jnp.float32)
 
 
 def _length(x: Array) -> Array:

@@ -1,7 +1,7 @@
 """How fast, how lean and how exact is the algebra of circuits, against TransformerLens, PyTorch and NumPy?
 
-    python experiments/benchmarks/algebra.py               the table, about 8 minutes on two CPU cores
-    python experiments/benchmarks/algebra.py --no-memory   without the peak memory of each, about 3 minutes
+    python experiments/benchmarks/algebra.py               the table, about 15 minutes on two CPU cores
+    python experiments/benchmarks/algebra.py --no-memory   without the peak memory of each, about 6 minutes
     python experiments/benchmarks/algebra.py --llama       composition and spectra of a Llama-8B shape, 10 minutes
     python experiments/benchmarks/algebra.py --smoke       a quick check that everything runs
 
@@ -17,6 +17,11 @@ what was there when weights were made and programs compiled. Fraction of peak: u
 algebra_tasks.py, over time and the fastest float32 matmul found in this process. Errors are against float64 NumPy: the
 largest of a head, relative to its largest value, averaged over heads (the worst head is in summary.json). Intervals
 are the smallest and largest of the rounds. Aims are for two CPU cores.
+
+Expect on two CPU cores (a busy machine; a quiet one is to confirm): against TransformerLens composition 18 times
+faster in 1/200 of the memory at 0.59 of peak, full-OV eigenvalues 47 times at 0.68, singular values 4 to 7 times, and
+U, S, V 3 times. Eigenvalues of random heads differ from its by up to 3e-5; its own float32 error is up to 2e-5. PyTorch
+and NumPy are faster where K x K factorisations dominate, because they run these on both cores.
 
 Writes runs/<name>/: config.json, measurements.json (every round, every way) and summary.json.
 """
