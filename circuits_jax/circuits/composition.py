@@ -208,7 +208,7 @@ def _factors(weights: CircuitWeights, offset: ArrayLike) -> tuple[Layer, Readers
 
 
 def _of_layer(weights: Array, layer: Array) -> Array:
-    """One layer in float32. Half-precision layers are picked as bits: XLA's CPU would make float32 of all of them first."""
+    """One layer in float32. Half precision is picked as bits: XLA's CPU would make float32 of all layers first."""
     if weights.dtype.itemsize != 2:
         return weights[layer].astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(weights, jnp.uint16)[layer]

@@ -18,10 +18,10 @@ algebra_tasks.py, over time and the fastest float32 matmul found in this process
 largest of a head, relative to its largest value, averaged over heads (the worst head is in summary.json). Intervals
 are the smallest and largest of the rounds. Aims are for two CPU cores.
 
-Expect on two CPU cores (a busy machine; a quiet one is to confirm): against TransformerLens composition 18 times
-faster in 1/200 of the memory at 0.59 of peak, full-OV eigenvalues 47 times at 0.68, singular values 4 to 7 times, and
-U, S, V 3 times. Eigenvalues of random heads differ from its by up to 3e-5; its own float32 error is up to 2e-5. PyTorch
-and NumPy are faster where K x K factorisations dominate, because they run these on both cores.
+Expect on two shared CPU cores, against TransformerLens: composition 17 times faster in 1/200 of the memory at 0.67 of
+peak, full-OV eigenvalues 44 times at 0.70, singular values 6 times, U, S, V 2 to 3 times. Eigenvalues of random heads
+differ from its by up to 3e-5; its own float32 error is up to 2e-5. PyTorch and NumPy are faster where K x K
+factorisations dominate, because these ways run them on both cores.
 
 Writes runs/<name>/: config.json, measurements.json (every round, every way) and summary.json.
 """
