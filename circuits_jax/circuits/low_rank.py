@@ -131,8 +131,8 @@ class LowRank:
     def top_k(self, k: int) -> Entries:
         """The k largest entries, in falling order; [...,k] each. For the smallest: (-circuit).top_k(k).
 
-        Blocks of rows of one matrix at a time are formed and forgotten: about 32 MiB. Ties go to the first in row-major
-        order; NaN counts as the largest, so that it shows.
+        Blocks of rows of one matrix at a time are formed and forgotten, about 32 MiB each. Ties go to the first in
+        row-major order; NaN counts as the largest, so that it shows.
 
         Raises:
             ValueError: k is not between 1 and M N.
