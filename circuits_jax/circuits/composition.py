@@ -63,7 +63,7 @@ def composition_scores(weights: CircuitWeights, offset: ArrayLike = 0) -> Compos
     attention depends on it: junk of a large norm scores as high as a circuit.
     """
     senders, readers = _factors(weights, offset)
-    return _of_pairs(len(weights.W_Q), readers, lambda layer, reads: _of_layers(senders(layer), reads, _norms))
+    return over_layer_pairs(len(weights.W_Q), readers, lambda layer, reads: _of_layers(senders(layer), reads, _norms))
 
 
 def same_layer_scores(weights: CircuitWeights, offset: ArrayLike = 0) -> CompositionScores:
@@ -85,7 +85,7 @@ def component_scores(weights: CircuitWeights, offset: ArrayLike = 0) -> Composit
     def lengths(product: Array) -> Array:
         return jnp.sqrt(jnp.square(product).sum(-1)).transpose(0, 2, 1)
 
-    return _of_pairs(len(weights.W_Q), readers, lambda layer, reads: _of_layers(directions[layer], reads, lengths))
+    return over_layer_pairs(len(weights.W_Q), readers, lambda layer, reads: _of_layers(directions[layer], reads, lengths))
 
 
 def projection_kernel(weights: CircuitWeights) -> CompositionScores:
@@ -104,7 +104,7 @@ def projection_kernel(weights: CircuitWeights) -> CompositionScores:
         squares = jax.tree.map(jnp.square, _of_layers(writes[layer], reads, _norms))
         return jax.tree.map(lambda x: repeat_groups(x, weights.W_Q.shape[1], axis=1), squares)
 
-    return _of_pairs(len(weights.W_Q), readers, shared)
+    return over_layer_pairs(len(weights.W_Q), readers, shared)
 
 
 def virtual_head(weights: CircuitWeights, sender: tuple[int, int], receiver: tuple[int, int]) -> LowRank:
@@ -164,7 +164,7 @@ def k_path_gaps(weights: CircuitWeights) -> Array:
         whole = einsum("ak,abkj,bj->ab", einsum("adk,d->ak", value, total), through_keys, summed)
         return trace / n_vocab - (whole - trace) / (n_vocab * (n_vocab - 1))
 
-    return _of_pairs(n_layers, reads, gap)
+    return over_layer_pairs(n_layers, reads, gap)
 
 
 def _check_order(sender: tuple[int, int], receiver: tuple[int, int]) -> None:
@@ -226,7 +226,7 @@ def _fold(into: Array, outof: Array) -> _Reads:
     return _Reads(into, outof) if outof.shape[1] > 1 else _Reads(matmul(into, outof[:, 0]), None)
 
 
-def _of_pairs(n_layers: int, reads: Callable[[Array], Any], measure: Callable[[Array, Any], Any]) -> Any:
+def over_layer_pairs(n_layers: int, reads: Callable[[Array], Any], measure: Callable[[Array, Any], Any]) -> Any:
     """measure(sending layer, reads(receiving layer)) [H,H,...] of all pairs of layers, [L,H,L,H,...].
 
     One pair of layers after the other; 0 where the sender is not earlier.

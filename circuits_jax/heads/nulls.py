@@ -89,13 +89,13 @@ def random_rotation(weights: CircuitWeights, key: Array) -> CircuitWeights:
     """
     sides = (weights.W_Q, weights.W_K, weights.W_V, weights.W_O.mT)
     d_model, d_head = weights.W_Q.shape[-2:]
-    frames = _random_frames(key, (len(sides), d_model, min(d_model, d_head)), weights.W_Q.dtype)
+    frames = random_frames(key, (len(sides), d_model, min(d_model, d_head)), weights.W_Q.dtype)
     turned = (matmul(frame, orthonormalisation.triangle(side)) for frame, side in zip(frames, sides, strict=True))
     W_Q, W_K, W_V, W_O_transposed = turned
     return dataclasses.replace(weights, W_Q=W_Q, W_K=W_K, W_V=W_V, W_O=W_O_transposed.mT)
 
 
-def _random_frames(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+def random_frames(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     """Orthonormal columns [...,D,K], K <= D, uniform over all such frames (Haar)."""
     frames, triangle = orthonormalisation.qr(jax.random.normal(key, shape, dtype))
     # Without this the signs are the algorithm's, not random (Mezzadri, math-ph/0609050).

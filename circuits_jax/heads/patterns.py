@@ -28,6 +28,27 @@ def same_position(pattern: Array, queries: Array) -> Array:
     return jnp.mean(jnp.diagonal(pattern), where=queries)
 
 
+def offset_profile(pattern: Array, queries: Array) -> Array:
+    """f(k) = mean over queries t >= k of the attention to t - k, [T]: previous_token at k = 1, same_position at 0."""
+    length = len(pattern)
+    offset = jnp.arange(length)[:, None] - jnp.arange(length)
+
+    def at(k: Array) -> Array:
+        return jnp.mean(jnp.sum(pattern * (offset == k), -1), where=queries & (jnp.arange(length) >= k))
+
+    return jax.vmap(at)(jnp.arange(length))
+
+
+def uniform(length: int) -> Array:
+    """The pattern that attends to all positions alike: 1/(t + 1) for each, [T,T]."""
+    return jnp.tril(jnp.ones((length, length))) / jnp.arange(1, length + 1)[:, None]
+
+
+def above_chance(score: Array, chance: Array) -> Array:
+    """(score - chance) / (1 - chance): 0 for uniform attention, 1 for a perfect score; 0 where chance is 1."""
+    return jnp.where(chance == 1, 0.0, (score - chance) / jnp.where(chance == 1, 1.0, 1.0 - chance))
+
+
 def first_token(pattern: Array, queries: Array) -> Array:
     """Mean over queries t >= 1 of the attention to position 0. In a decoder often a resting place, not a function."""
     return jnp.mean(pattern[1:, 0], where=queries[1:])

@@ -17,10 +17,9 @@ from circuits_jax.circuits.composition import k_path_gaps
 from circuits_jax.circuits.linear_algebra import einsum
 from circuits_jax.circuits.low_rank import LowRank
 from circuits_jax.circuits.spectra import entry_variance
-from circuits_jax.circuits.weights import CircuitWeights, check_positions, per_query_head
+from circuits_jax.circuits.weights import CircuitWeights, per_query_head
 from circuits_jax.heads import patterns
-from circuits_jax.models.rotary import rotate
-from circuits_jax.models.transformer import NORM_EPSILON
+from circuits_jax.heads.ideal_inputs import causal_pattern, position_inputs, position_scores, residual_size
 
 
 def previous_token(weights: CircuitWeights, queries: Array) -> Array:
@@ -30,50 +29,21 @@ def previous_token(weights: CircuitWeights, queries: Array) -> Array:
         weights: of the model.
         queries: [T] bool, the positions that count.
 
-    The pattern is the causal softmax of (W_P W_Q + b_Q)(W_P W_K + b_K)^T / sqrt(K). Rotary positions have no W_P:
-    there the score depends on the offset alone, e W_Q R_offset W_K^T e^T / sqrt(K) with e the mean token. Without
-    positions the pattern is uniform.
+    See position_pattern.
     """
     score = jax.vmap(jax.vmap(patterns.previous_token, (0, None)), (0, None))
     return score(position_pattern(weights, len(queries)), queries)
 
 
 def position_pattern(weights: CircuitWeights, length: int) -> Array:
-    """The causal attention pattern that positions (and attention biases) alone would give, [L,H,T,T]."""
-    size = residual_size(weights, length)
-    check_positions(weights)
-    n_layers, _, d_model, d_head = weights.W_Q.shape
-    if weights.positions == "none":
-        read = jnp.zeros((length, d_model))
-    elif weights.W_P is None:
-        read = weights.W_E.mean(0) / size[:, None]
-    else:
-        read = weights.W_P[..., :length, :] / (size[:, None] if weights.positions == "learned" else 1.0)
-    read = jnp.broadcast_to(read, (n_layers, length, d_model))
-    q = einsum("ltd,lhdk->lhtk", read, weights.W_Q)
-    k = einsum("ltd,lgdk->lgtk", read, weights.W_K)
-    if weights.b_Q is not None:
-        q = q + weights.b_Q[:, :, None]
-    if weights.b_K is not None:
-        k = k + weights.b_K[:, :, None]
-    if weights.positions == "rotary":
-        q, k = (rotate(x, jnp.arange(length), weights.rotary) for x in (q, k))
-    scores = einsum("lhtk,lhsk->lhts", q, per_query_head(weights, k)) / math.sqrt(d_head)
-    return jax.nn.softmax(scores, axis=-1, where=jnp.tril(jnp.ones((length, length), bool)))
+    """The causal attention pattern among positions that all hold the mean token e, [L,H,T,T].
 
-
-def residual_size(weights: CircuitWeights, length: int) -> Array:
-    """By what the norm divides the embedded residual at each position, averaged over tokens: [T]; 1 without a norm.
-
-    sqrt(mean over tokens of |W_E|^2 / D + |W_P|^2 / D + epsilon), W_P where positions are added to the residual.
+    The causal softmax of ((e + W_P) W_Q + b_Q)((e + W_P) W_K + b_K)^T / sqrt(K). With rotary positions there is no
+    W_P: the score depends on the offset alone, e W_Q R_offset W_K^T e^T / sqrt(K). Without positions the pattern is
+    uniform.
     """
-    if weights.norm == "none":
-        return jnp.ones(length)
-    d_model = weights.W_E.shape[-1]
-    square = jnp.broadcast_to(jnp.square(weights.W_E).sum(-1).mean(), (length,))
-    if weights.positions == "learned" and weights.W_P is not None:
-        square = square + jnp.square(weights.W_P[:length]).sum(-1)
-    return jnp.sqrt(square / d_model + NORM_EPSILON)
+    rows = position_inputs(weights, length)
+    return causal_pattern(position_scores(weights, rows, rows))
 
 
 def _mean_size(weights: CircuitWeights) -> Array:
@@ -141,6 +111,56 @@ def induction(weights: CircuitWeights, queries: Array, n_distractors: float | Ar
         edges=whole - attention(margin - margins),
         joint_edges=whole - attention(jnp.zeros_like(margin)),
     )
+
+
+def matching(scores: Array, n_distractors: float | Array, n_matches: int) -> Array:
+    """Attention of a query to one key that matches it, above chance, in (-1, 1]: 0 for uniform attention, 1 at most.
+
+    p = mean_u exp(s_uu) / (m exp(s_uu) + N mean_{w != u} exp(s_uw)), returned as (p - c) / (1 - c), c = 1/(m + N).
+
+    Args:
+        scores: [n,n] in logits; row u is a query, column u the key that matches it.
+        n_distractors: N, keys that do not match.
+        n_matches: m, keys that do. 1 for induction (the key after the token, or the position that a pointer asks
+            for); 2 for duplicate tokens, where the query's own position matches too, so that 1/2 is the most.
+    """
+    n = len(scores)
+    others = jnp.where(jnp.eye(n, dtype=bool), -jnp.inf, scores)
+    distraction = jax.nn.logsumexp(others, -1) - math.log(n - 1) + jnp.log(n_distractors)
+    attention = jnp.exp(-jnp.logaddexp(math.log(n_matches), distraction - jnp.diagonal(scores))).mean()
+    chance = 1 / (n_matches + n_distractors)
+    return (attention - chance) / (1 - chance)
+
+
+def content(tokens: Array, positions: Array, cross: Array) -> Array:
+    """Share of the score's energy that tokens alone decide, in [0, 1).
+
+    E_tokens / (E_tokens + E_positions + E_cross + 1). Energies are mean squares of double-centred scores in logits, of
+    which the 1 is the unit: where scores differ by less, softmax hardly sees it. Pairs of the same token do not count
+    (they are duplicate_token's), so a head that matches tokens with themselves scores about 0. A random head has
+    whatever share the sizes of embeddings and positions give it, so read it against its rotations.
+
+    Args:
+        tokens: [n,n] scores between tokens.
+        positions: [T,T] scores between positions.
+        cross: [] energy of what tokens and positions decide together.
+    """
+    energy = energy_between_different(tokens)
+    return energy / (energy + jnp.square(double_centred(positions)).mean() + cross + 1.0)
+
+
+def double_centred(scores: Array) -> Array:
+    """[...,m,n] without its row, column and grand means."""
+    rows = scores - scores.mean(-1, keepdims=True)
+    return rows - rows.mean(-2, keepdims=True)
+
+
+def energy_between_different(scores: Array) -> Array:
+    """Mean square of double-centred [n,n] scores off the diagonal, whose own entries count as their row's mean."""
+    n = len(scores)
+    off = ~jnp.eye(n, dtype=bool)
+    filled = jnp.where(off, scores, scores.mean(-1, where=off, keepdims=True))
+    return jnp.mean(jnp.square(double_centred(filled)), where=off)
 
 
 def _token_noise(weights: CircuitWeights, looks_back: Array) -> Array:

@@ -1,0 +1,197 @@
+"""Ideal inputs: rows of the residual stream that hold one thing alone, and how heads score them against each other.
+
+What weights alone say of a head is what it does with such inputs. Every head of a model is asked about the same ones,
+so heads, null heads and models cost a few small matmuls each, whatever D and V: V is seen through n of its tokens.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from circuits_jax.circuits.linear_algebra import einsum, matmul
+from circuits_jax.circuits.weights import CircuitWeights, check_positions, per_query_head
+from circuits_jax.models.rotary import rotary_angles, rotate, turn_pairs
+from circuits_jax.models.transformer import NORM_EPSILON
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class IdealInputs:
+    """Rows as the heads of each layer read them, in a model with norms divided by the size that norms divide by.
+
+    Attributes:
+        tokens: [n,D] embeddings.
+        positions: [L,T,D] positions, all holding the mean token (the start token at position 0, where one is given).
+        places: [T,D] positions alone as values carry them; zeros where they do not.
+        sent: [L,n,D] a token as the previous-token heads of earlier layers write it, each counted as much as it looks
+            back.
+        pointers: [L,T,D] a position as the duplicate-token heads of earlier layers write it, counted alike.
+        mixed: [L,T,D] all at once: a token, its position, and what every head of earlier layers would write if it
+            attended to one random row.
+        mixed_values: [L,T,D] the same as values read it, without the positions of shortformer.
+        raw_size: [L] root mean square length of the mixed rows before a norm.
+        embedded_size: [] by what a norm divides the embedded residual; 1 without one.
+    """
+
+    tokens: Array
+    positions: Array
+    places: Array
+    sent: Array
+    pointers: Array
+    mixed: Array
+    mixed_values: Array
+    raw_size: Array
+    embedded_size: Array
+
+
+def residual_size(weights: CircuitWeights, length: int) -> Array:
+    """By what the norm divides the embedded residual at each position, averaged over tokens: [T]; 1 without a norm.
+
+    sqrt(mean over tokens of |W_E|^2 / D + |W_P|^2 / D + epsilon), W_P where positions are added to the residual.
+    """
+    if weights.norm == "none":
+        return jnp.ones(length)
+    d_model = weights.W_E.shape[-1]
+    square = jnp.broadcast_to(jnp.square(weights.W_E).sum(-1).mean(), (length,))
+    if weights.positions == "learned" and weights.W_P is not None:
+        square = square + jnp.square(weights.W_P[:length]).sum(-1)
+    return jnp.sqrt(square / d_model + NORM_EPSILON)
+
+
+def normalized(weights: CircuitWeights, residual: Array) -> Array:
+    """The residual stream [...,D] as heads read it: divided by its own size, as the model's norm does."""
+    if weights.norm == "none":
+        return residual
+    centred = residual - residual.mean(-1, keepdims=True) if weights.norm == "layer" else residual
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + NORM_EPSILON)
+
+
+def position_inputs(weights: CircuitWeights, length: int, start: Array | None = None) -> Array:
+    """The first T positions, all holding the mean token, [L,T,D].
+
+    Positions alone would miss what all queries have in common: a head that looks at position 0 from every token does
+    so through the mean token.
+
+    Args:
+        weights: of the model.
+        length: T.
+        start: [D] embedding of the token at position 0; the mean token if left out.
+    """
+    check_positions(weights)
+    size = residual_size(weights, length)[:, None]
+    content = jnp.broadcast_to(weights.W_E.mean(0), (length, weights.W_E.shape[-1]))
+    if start is not None:
+        content = content.at[0].set(start)
+    added = 0.0 if weights.W_P is None else weights.W_P[..., :length, :]
+    rows = content / size + (added / size if weights.positions == "learned" else added)
+    return jnp.broadcast_to(rows, (len(weights.W_Q), *rows.shape[-2:]))
+
+
+def token_inputs(weights: CircuitWeights, length: int) -> Array:
+    """Embeddings as heads read them, [n,D]."""
+    return weights.W_E / residual_size(weights, length).mean()
+
+
+def queries(weights: CircuitWeights, rows: Array) -> Array:
+    """x W_Q + b_Q of rows [n,D], or [L,n,D] by layer: [L,H,n,K]."""
+    q = _read(rows, weights.W_Q)
+    return q if weights.b_Q is None else q + weights.b_Q[:, :, None]
+
+
+def keys(weights: CircuitWeights, rows: Array) -> Array:
+    """x W_K + b_K of rows [n,D], or [L,n,D] by layer: [L,H,n,K]."""
+    k = _read(rows, weights.W_K)
+    return per_query_head(weights, k if weights.b_K is None else k + weights.b_K[:, :, None])
+
+
+def values(weights: CircuitWeights, rows: Array) -> Array:
+    """x W_V of rows [n,D], or [L,n,D] by layer, without b_V, which does not depend on them: [L,H,n,K]."""
+    return per_query_head(weights, _read(rows, weights.W_V))
+
+
+def _read(rows: Array, matrices: Array) -> Array:
+    return einsum("nd,lhdk->lhnk" if rows.ndim == 2 else "lnd,lhdk->lhnk", rows, matrices)
+
+
+def position_scores(weights: CircuitWeights, from_rows: Array, to_rows: Array) -> Array:
+    """Scores in logits between rows that stand at the positions 0 ... T - 1, [L,H,T,T], query first, unmasked."""
+    q, k = queries(weights, from_rows), keys(weights, to_rows)
+    if weights.positions == "rotary":
+        place = jnp.arange(q.shape[-2])
+        q, k = (rotate(x, place, weights.rotary) for x in (q, k))
+    return matmul(q, k.mT) / math.sqrt(q.shape[-1])
+
+
+def token_scores(weights: CircuitWeights, from_rows: Array, to_rows: Array, offsets: Array) -> Array:
+    """Scores in logits between rows wherever they stand, [L,H,n,m]: with rotary positions the mean over the offsets."""
+    q, k = mean_over_offsets(weights, queries(weights, from_rows), offsets), keys(weights, to_rows)
+    return matmul(q, k.mT) / math.sqrt(q.shape[-1])
+
+
+def mean_over_offsets(weights: CircuitWeights, q: Array, offsets: Array) -> Array:
+    """mean over offsets of q R_offset, for queries [...,K]; q itself without rotary positions."""
+    if weights.positions != "rotary":
+        return q
+    angles = rotary_angles(q, offsets, weights.rotary)
+    return turn_pairs(q, jnp.cos(angles).mean(0), jnp.sin(angles).mean(0), weights.rotary)
+
+
+def causal_pattern(scores: Array) -> Array:
+    """Softmax of scores [...,T,T] over the keys that a query can see."""
+    length = scores.shape[-1]
+    return jax.nn.softmax(scores, axis=-1, where=jnp.tril(jnp.ones((length, length), bool)))
+
+
+def written(weights: CircuitWeights, rows: Array, share: Array) -> Array:
+    """sum over the heads of earlier layers of share_a x W_OV^a: rows [n,D], share [L,H] -> [L,n,D]."""
+    moved = einsum("lh,lhnk,lhkd->lnd", share, values(weights, rows), weights.W_O)
+    return jnp.cumsum(moved, 0) - moved
+
+
+def ideal_inputs(
+    weights: CircuitWeights, length: int, looks_back: Array, copies: Array, start: Array | None, key: Array
+) -> IdealInputs:
+    """Everything that a head can be asked about.
+
+    Args:
+        weights: of the model, with W_E and W_U cut down to the n tokens to ask about.
+        length: T.
+        looks_back, copies: [L,H] in [0, 1], how much of a previous-token and of a duplicate-token head each head is.
+        start: [D] embedding of the start token, or None.
+        key: places the tokens of the mixed rows.
+    """
+    n_layers, n_heads = weights.W_Q.shape[:2]
+    size = residual_size(weights, length)[:, None]
+    mean_size = size.mean()
+    tokens = token_inputs(weights, length)
+    places = jnp.zeros((length, weights.W_E.shape[-1]))
+    if weights.positions == "learned" and weights.W_P is not None:
+        places = weights.W_P[:length] / size
+
+    order_key, shift_key = jax.random.split(key)
+    order = jax.random.permutation(order_key, len(tokens))[jnp.arange(length) % len(tokens)]
+    content = tokens[order] if start is None else tokens[order].at[0].set(start / mean_size)
+    rows = content + places
+    moved = values(weights, rows)
+    shifts = jax.random.randint(shift_key, (n_layers, n_heads), 0, length)
+    moved = jax.vmap(jax.vmap(lambda x, by: jnp.roll(x, by, 0)))(moved, shifts)
+    added = einsum("lhnk,lhkd->lnd", moved, weights.W_O)
+    raw = rows * size + jnp.cumsum(added, 0) - added
+    mixed = normalized(weights, raw)
+    with_positions = mixed
+    if weights.positions == "shortformer" and weights.W_P is not None:
+        with_positions = mixed + weights.W_P[..., :length, :]
+    return IdealInputs(
+        tokens=tokens,
+        positions=position_inputs(weights, length, start),
+        places=places,
+        sent=written(weights, tokens, looks_back) / mean_size,
+        pointers=written(weights, places, copies) / mean_size,
+        mixed=with_positions,
+        mixed_values=mixed,
+        raw_size=jnp.sqrt(jnp.square(raw).sum(-1).mean(-1)),
+        embedded_size=mean_size,
+    )
