@@ -245,7 +245,7 @@ def main(plan: Plan) -> None:
     run_folder.write_text(plan.folder / "report.html", page.page("Grow induction heads and recover them", sections))
     for title, (header, rows) in (
         ("Which heads, by which evidence (repeats, 2 layers)", induction.verdict_table(outcomes["repeats"])),
-        ("Figures", induction.figure_table(figures)),
+        ("Figures", run_folder.figure_table(figures)),
     ):
         table = Table(*header, title=title, title_justify="left")
         for row in rows:

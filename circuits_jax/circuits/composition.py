@@ -85,7 +85,10 @@ def component_scores(weights: CircuitWeights, offset: ArrayLike = 0) -> Composit
     def lengths(product: Array) -> Array:
         return jnp.sqrt(jnp.square(product).sum(-1)).transpose(0, 2, 1)
 
-    return over_layer_pairs(len(weights.W_Q), readers, lambda layer, reads: _of_layers(directions[layer], reads, lengths))
+    def measure(layer: Array, reads: tuple[_Reads, ...]) -> CompositionScores:
+        return _of_layers(directions[layer], reads, lengths)
+
+    return over_layer_pairs(len(weights.W_Q), readers, measure)
 
 
 def projection_kernel(weights: CircuitWeights) -> CompositionScores:

@@ -9,23 +9,23 @@ import numpy as np
 from scipy import optimize, stats
 
 
-def fit_threshold(scores: np.ndarray, truth: np.ndarray) -> float:
-    """The score at which a logistic regression of truth on score gives 1/2.
+def fit_logistic(scores: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+    """Logistic regression of truth on score: P(true) = 1 / (1 + exp(-slope (score - middle))).
 
     Args:
         scores: any shape, finite.
         truth: bool, the same shape.
 
     Returns:
-        A threshold for `scores > threshold`. Of classes that do not overlap, about the middle between them. Infinity
-        where nothing is true, so that nothing is labelled; just below the smallest score where everything is.
+        (middle, slope), slope > 0: larger scores are taken to speak for it. Of classes that do not overlap, about the
+        middle between them. Middle infinity where nothing is true; just below the smallest score where everything is.
     """
     x, y = np.ravel(scores).astype(float), np.ravel(truth)
-    if not y.any():
-        return np.inf
-    if y.all():
-        return float(np.nextafter(x.min(), -np.inf))
     scale = x.std() or 1.0
+    if not y.any():
+        return np.inf, 1 / scale
+    if y.all():
+        return float(np.nextafter(x.min(), -np.inf)), 1 / scale
     sign = np.where(y, 1.0, -1.0)
 
     def loss(parameters: np.ndarray) -> float:
@@ -34,7 +34,13 @@ def fit_threshold(scores: np.ndarray, truth: np.ndarray) -> float:
         return float(np.logaddexp(0.0, -margin).mean() + 1e-4 * log_slope**2)
 
     between = (x[y].mean() + x[~y].mean()) / 2
-    return float(optimize.minimize(loss, [1.0, between], method="Nelder-Mead").x[1])
+    log_slope, middle = optimize.minimize(loss, [1.0, between], method="Nelder-Mead").x
+    return float(middle), float(np.exp(log_slope) / scale)
+
+
+def fit_threshold(scores: np.ndarray, truth: np.ndarray) -> float:
+    """The score at which fit_logistic gives 1/2: a threshold for `scores > threshold`."""
+    return fit_logistic(scores, truth)[0]
 
 
 def fit_halves(scores: np.ndarray, truth: np.ndarray, usable: np.ndarray) -> np.ndarray:
@@ -76,6 +82,12 @@ def precision(labels: np.ndarray, truth: np.ndarray) -> float:
 def recall(labels: np.ndarray, truth: np.ndarray) -> float:
     """Share of the true that is labelled; NaN when nothing is true."""
     return float((labels & truth).sum() / truth.sum()) if truth.any() else float("nan")
+
+
+def f1(labels: np.ndarray, truth: np.ndarray) -> float:
+    """2 TP / (2 TP + FP + FN), the harmonic mean of precision and recall; NaN when nothing is true or labelled."""
+    either = labels.sum() + truth.sum()
+    return float(2 * (labels & truth).sum() / either) if either else float("nan")
 
 
 def proportion_interval(successes: int, n: int) -> tuple[float, float]:

@@ -6,6 +6,7 @@ It is supported when weights and activations agree on it; where only one of them
 """
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -61,15 +62,15 @@ class Findings:
 
 
 def judge(evidence: Evidence, thresholds: dict[str, Threshold], rate: float = RATE) -> Findings:
-    """Labels from one kind of evidence on one model.
+    """Labels from one kind of evidence.
 
     Args:
-        evidence: scores and z, [L,H] each.
+        evidence: scores and z, [...,L,H] each, of one model or of many.
         thresholds: for each type.
         rate: false discovery rate over the heads of the model.
     """
-    p = {name: np.asarray(nulls.upper_p(z)) for name, z in evidence.z.items()}
-    beaten = {name: np.asarray(nulls.benjamini_hochberg(jnp.asarray(x), rate)) for name, x in p.items()}
+    p = {name: np.asarray(nulls.upper_p(jnp.asarray(z))) for name, z in evidence.z.items()}
+    beaten = {name: _beaten(x, rate) for name, x in p.items()}
     confidence = {}
     for name, score in evidence.scores.items():
         middle, slope = thresholds[name]
@@ -81,6 +82,17 @@ def judge(evidence: Evidence, thresholds: dict[str, Threshold], rate: float = RA
         for name, value in likely.items()
     }
     return Findings(confidence, p, found)
+
+
+def _beaten(p: np.ndarray, rate: float) -> np.ndarray:
+    """benjamini_hochberg over the heads of each model, [...,L,H]."""
+    models = jnp.asarray(p).reshape(-1, p.shape[-2] * p.shape[-1])
+    return np.asarray(jax.vmap(lambda x: nulls.benjamini_hochberg(x, rate))(models)).reshape(p.shape)
+
+
+def sides(thresholds: Mapping[str, tuple[Threshold, Threshold]] = THRESHOLDS) -> tuple[dict[str, Threshold], ...]:
+    """The thresholds for evidence from weights, and for evidence from activations."""
+    return tuple({name: pair[side] for name, pair in thresholds.items()} for side in (0, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,10 +245,10 @@ def evidence(
 
 def reports(by_weights: Evidence, by_activations: Evidence | None, own: Scores) -> dict[str, HeadReport]:
     """A report for each head of one model."""
-    thresholds = [{name: pair[side] for name, pair in THRESHOLDS.items()} for side in (0, 1)]
-    kinds = {"weights": (by_weights, judge(by_weights, thresholds[0]))}
+    for_weights, for_activations = sides()
+    kinds = {"weights": (by_weights, judge(by_weights, for_weights))}
     if by_activations is not None:
-        kinds["activations"] = (by_activations, judge(by_activations, thresholds[1]))
+        kinds["activations"] = (by_activations, judge(by_activations, for_activations))
     n_layers, n_heads = by_weights.scores["diffuse"].shape
 
     def score(kind: str, name: str, at: tuple[int, int]) -> Score:

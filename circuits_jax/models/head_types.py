@@ -20,5 +20,5 @@ OVType = Literal[
     "inactive",  # moves nothing
 ]
 
-QK_TYPES: tuple[QKType, ...] = get_args(QKType)
-OV_TYPES: tuple[OVType, ...] = get_args(OVType)
+QK_TYPES: tuple[str, ...] = get_args(QKType)
+OV_TYPES: tuple[str, ...] = get_args(OVType)

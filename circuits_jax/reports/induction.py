@@ -11,7 +11,7 @@ from circuits_jax.heads import calibration, verdicts
 from circuits_jax.heads.calibration import bootstrap_interval, proportion_interval
 from circuits_jax.heads.verdicts import K_INPUT, KINDS, TYPES, Verdicts
 from circuits_jax.reports import page, plots, results
-from circuits_jax.reports.run_folder import Figure
+from circuits_jax.reports.run_folder import Figure, figure_table
 from circuits_jax.training.formation import formation_step
 from circuits_jax.training.train import Run
 
@@ -157,18 +157,6 @@ def _nanmedian(x: np.ndarray) -> float:
 def _correlation(x: np.ndarray, y: np.ndarray) -> float:
     x, y = x.ravel(), y.ravel()
     return float(np.corrcoef(x, y)[0, 1]) if x.size and x.std() and y.std() else float("nan")
-
-
-def figure_table(found: Mapping[str, Figure]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: figure, value, interval, aim, met."""
-    rows = []
-    for figure in found.values():
-        known = figure.interval is not None and np.isfinite(figure.interval).all()
-        interval = f"{figure.interval[0]:.3g} to {figure.interval[1]:.3g}" if figure.interval and known else ""
-        met = {None: "", True: "yes", False: "no"}[figure.met]
-        value = f"{figure.value:.4g}" if np.isfinite(figure.value) else "none"
-        rows.append([figure.text, value, interval, figure.aim_text or "", met])
-    return ["figure", "value", "95 % interval", "aim", "met"], rows
 
 
 def notes(outcomes: Mapping[str, Outcome]) -> list[str]:

@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 COLOURS = ("#1f6feb", "#d1495b", "#6a994e", "#8d6a9f", "#e09f3e")
+DASHES = ("solid", "dash", "dot")
 SEQUENTIAL = "Blues"
 
 
@@ -86,6 +87,38 @@ def heat_maps(
         )  # fmt: skip
         figure.update_xaxes(constrain="domain", row=1, col=column)
     return _layout(figure, 540, title)
+
+
+def tables(maps: Mapping[str, tuple[np.ndarray, Sequence[str], Sequence[str]]], title: str) -> go.Figure:
+    """Tables of shares in [0, 1] side by side, {title: (values [Y,X], column labels, row labels)}, with the numbers."""
+    widths = [len(columns) for _, columns, _ in maps.values()]
+    figure = make_subplots(
+        cols=len(maps), rows=1, subplot_titles=list(maps), horizontal_spacing=0.14, column_widths=widths
+    )
+    for place, (values, columns, rows) in enumerate(maps.values(), start=1):
+        text = [[f"{value:.3f}".rstrip("0").rstrip(".") if value else "" for value in row] for row in values]
+        cells = go.Heatmap(
+            z=values, x=list(columns), y=list(rows), zmin=0.0, zmax=1.0, colorscale=SEQUENTIAL, text=text,
+            texttemplate="%{text}", showscale=place == len(maps), xgap=1, ygap=1,
+            hovertemplate="%{y}, named %{x}: %{z:.4f}<extra></extra>",
+        )  # fmt: skip
+        figure.add_trace(cells, row=1, col=place)
+        figure.update_yaxes(autorange="reversed", row=1, col=place)
+    return _layout(figure, 520, title)
+
+
+def lines(panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], title: str, x_title: str) -> go.Figure:
+    """Panels side by side, {title: {line: (x, y)}}; a line has one colour in all panels."""
+    figure = make_subplots(cols=len(panels), rows=1, subplot_titles=list(panels), horizontal_spacing=0.06)
+    names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
+    for place, panel in enumerate(panels.values(), start=1):
+        for name, (x, y) in panel.items():
+            number = names.index(name)
+            style = {"color": COLOURS[number % len(COLOURS)], "dash": DASHES[number // len(COLOURS) % len(DASHES)]}
+            line = go.Scatter(x=x, y=y, name=name, mode="lines+markers", line=style, marker={"size": 5})
+            figure.add_trace(line, row=1, col=place)
+        figure.update_xaxes(title=x_title, row=1, col=place)
+    return _layout(figure, 460, title)
 
 
 def complex_plane(spectra: Mapping[str, np.ndarray], title: str) -> go.Figure:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -113,6 +113,18 @@ def write_summary(folder: Path, figures: dict[str, Figure]) -> None:
             for name, figure in figures.items()
         },
     )
+
+
+def figure_table(found: Mapping[str, Figure]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: figure, value, interval, aim, met."""
+    rows = []
+    for figure in found.values():
+        known = figure.interval is not None and all(map(math.isfinite, figure.interval))
+        interval = f"{figure.interval[0]:.3g} to {figure.interval[1]:.3g}" if figure.interval and known else ""
+        met = {None: "", True: "yes", False: "no"}[figure.met]
+        value = f"{figure.value:.4g}" if math.isfinite(figure.value) else "none"
+        rows.append([figure.text, value, interval, figure.aim_text or "", met])
+    return ["figure", "value", "95 % interval", "aim", "met"], rows
 
 
 def _number(value: float) -> float | None:
