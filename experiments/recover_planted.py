@@ -110,7 +110,10 @@ def parts(settings: Settings, folder: Path) -> list[Part]:
     root = jax.random.key(CALIBRATION_KEY if calibrate else BENCHMARK_KEY)
     out = []
     for number, (positions, norm) in enumerate(kinds):
-        for i, (name, recipe) in enumerate(recipes(positions, norm).items()):
+        models = recipes(positions, norm)
+        if smoke:
+            models = {name: models[name] for name in ("k_induction", "decoys")}
+        for i, (name, recipe) in enumerate(models.items()):
             key = jax.random.fold_in(jax.random.fold_in(root, number), i)
             labels = {"positions": positions, "norm": norm, "recipe": name}
             make = partial(make_planted, recipe, key, noise, settings.models)

@@ -197,3 +197,65 @@ def test_heads_and_sequences_come_from_vmap():
 def test_earlier_copies():
     copies = np.asarray(jax.jit(patterns.earlier_copies)(jnp.array([1, 2, 1, 1])))
     assert np.argwhere(copies).tolist() == [[2, 0], [3, 0], [3, 2]]
+
+
+# --- offsets and chance ---
+
+offset_profile = jax.jit(patterns.offset_profile)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_offset_profile_agrees_with_slow_loops(seed):
+    rng = np.random.default_rng(seed)
+    pattern, queries = random_pattern(rng, T), rng.random(T) < 0.6
+    got = offset_profile(pattern.astype(np.float32), queries)
+    for k in range(T):
+        back = [pattern[t, t - k] for t in range(k, T) if queries[t]]
+        np.testing.assert_allclose(got[k], np.mean(back) if back else np.nan, rtol=1e-5, atol=1e-6)
+    named = scores(pattern, np.arange(T), queries)
+    np.testing.assert_allclose(got[0], named["same_position"], rtol=1e-6)
+    np.testing.assert_allclose(got[1], named["previous_token"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("k", [0, 1, 3, T - 1])
+def test_a_perfect_fixed_offset_is_the_profile_s_one_peak(k):
+    pattern = one_hot_pattern([max(t - k, 0) for t in range(T)])
+    got = np.asarray(offset_profile(pattern, np.arange(T) >= k))
+    assert got[k] == 1
+    assert (np.delete(got, k) == 0).all()
+
+
+def test_uniform_attention_is_what_chance_means():
+    np.testing.assert_allclose(patterns.uniform(T), uniform_pattern(T), rtol=1e-6)
+    assert patterns.uniform(1).tolist() == [[1.0]]
+    chance = offset_profile(patterns.uniform(T), np.ones(T, bool))
+    np.testing.assert_allclose(chance, [np.mean(1 / np.arange(k + 1, T + 1)) for k in range(T)], rtol=1e-6)
+
+
+def test_above_chance_is_zero_for_chance_and_one_for_perfect():
+    chance = jnp.array([0.0, 0.2, 0.75, 1.0])
+    np.testing.assert_allclose(patterns.above_chance(chance, chance), 0.0, atol=1e-7)
+    np.testing.assert_allclose(patterns.above_chance(jnp.ones(4), chance), [1, 1, 1, 0])  # where chance is 1: nothing
+    np.testing.assert_allclose(patterns.above_chance(jnp.zeros(3), chance[:3]), [0, -0.25, -3], rtol=1e-6)
+    assert np.isnan(patterns.above_chance(jnp.nan, jnp.array(0.3)))  # no query counted
+    slope = jax.grad(lambda score: patterns.above_chance(score, jnp.array(1.0)))(0.5)
+    assert slope == 0
+
+
+def test_a_small_alphabet_fakes_induction():
+    """Why labels do not rest on the raw score: a perfect previous-token head is no induction head.
+
+    On four letters the position in front of a query often lies behind a copy of it (t - 2 holds the same letter), and
+    where letters alternate it always does. Without repeats there is nothing to fake.
+    """
+    rng = np.random.default_rng(0)
+    length = 12
+    looks_back = one_hot_pattern([max(t - 1, 0) for t in range(length)])
+    raw = jax.jit(jax.vmap(patterns.induction, (None, 0, None)))
+    letters, everywhere = rng.integers(0, 4, (300, length)), np.ones(length, bool)
+    faked = np.nanmean(raw(looks_back.astype(np.float32), letters, everywhere))
+    np.testing.assert_allclose(faked, 0.34, atol=0.04)
+    assert faked > 1.2 * np.nanmean(raw(uniform_pattern(length).astype(np.float32), letters, everywhere))
+    assert scores(looks_back, np.arange(length) % 2)["induction"] == 1
+    far = rng.permutation(length // 2)
+    assert scores(looks_back, np.concatenate([far, far]))["induction"] == 0

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from circuits_jax import CircuitWeights, TransformerConfig, cut_edges, forward, init_params, params_from_weights
 from circuits_jax.heads import signatures
@@ -24,6 +26,9 @@ UNIFORM = np.mean(1 / np.arange(2, T + 1))  # previous_token of uniform attentio
 previous_token = jax.jit(signatures.previous_token)
 k_composition = jax.jit(signatures.k_composition)
 induction = jax.jit(signatures.induction)
+position_pattern = jax.jit(signatures.position_pattern, static_argnums=1)
+matching = jax.jit(signatures.matching, static_argnums=2)
+content = jax.jit(signatures.content)
 
 
 def planted(senders, gain=6.0, sharpness=20.0, n_layers=2, n_heads=3, noise=0.0, positions="learned"):
@@ -60,7 +65,7 @@ def planted(senders, gain=6.0, sharpness=20.0, n_layers=2, n_heads=3, noise=0.0,
 # The oracle -------------------------------------------------------------------------------------------------------
 
 
-def random_weights(positions, n_layers=3, n_heads=2, n_groups=2, rotary=Rotary(), seed=0):  # noqa: B008
+def random_weights(positions, n_layers=3, n_heads=2, n_groups=2, rotary=Rotary(), seed=0, norm="none"):  # noqa: B008
     """Nothing planted, biases on q and k; for shortformer one W_P for each layer, as norm gains leave it."""
     rng = np.random.default_rng(seed)
     d, k, v, t = 8, 4, 6, 7
@@ -71,6 +76,7 @@ def random_weights(positions, n_layers=3, n_heads=2, n_groups=2, rotary=Rotary()
         W_E=normal(v, d), W_U=normal(d, v), W_P=None if w_p is None else normal(*w_p),
         W_Q=normal(*heads, d, k), W_K=normal(*kv_heads, d, k), W_V=normal(*kv_heads, d, k), W_O=normal(*heads, k, d),
         b_Q=normal(*heads, k), b_K=normal(*kv_heads, k), n_context=t, positions=positions, rotary=rotary,
+        norm=norm,
     )  # fmt: skip
 
 
@@ -96,8 +102,21 @@ def rotation(offset, k, rotary):
     return matrix
 
 
-def oracle_position_pattern(weights, length):
+def oracle_size(weights, length):
+    """[T]: the root mean square of a coordinate of token plus position, over tokens, as the norm divides by."""
+    if weights.norm == "none":
+        return np.ones(length)
     w = float64(weights)
+    square = np.full(length, (w["W_E"] ** 2).sum(-1).mean())
+    if weights.positions == "learned":
+        square += (w["W_P"][:length] ** 2).sum(-1)
+    return np.sqrt(square / w["W_E"].shape[-1] + 1e-5)
+
+
+def oracle_position_pattern(weights, length):
+    """Every position holds the mean token; positions are added to it before the norm, or behind it in shortformer."""
+    w = float64(weights)
+    mean_token, size = w["W_E"].mean(0), oracle_size(weights, length)
     n_layers, n_heads, d, k = w["W_Q"].shape
     pattern = np.zeros((n_layers, n_heads, length, length))
     for layer in range(n_layers):
@@ -105,13 +124,12 @@ def oracle_position_pattern(weights, length):
             for t in range(length):
                 scores = []
                 for s in range(t + 1):
-                    if weights.positions == "none":
-                        read_t = read_s = np.zeros(d)
-                    elif weights.positions == "rotary":
-                        read_t = read_s = w["W_E"].mean(0)
-                    else:
+                    read_t, read_s = mean_token / size[t], mean_token / size[s]
+                    if "W_P" in w:
                         places = w["W_P"][layer] if w["W_P"].ndim == 3 else w["W_P"]
-                        read_t, read_s = places[t], places[s]
+                        learned = weights.positions == "learned"
+                        read_t = read_t + places[t] / (size[t] if learned else 1)
+                        read_s = read_s + places[s] / (size[s] if learned else 1)
                     q = read_t @ w["W_Q"][layer, head] + w["b_Q"][layer, head]
                     key = read_s @ w["W_K"][layer, head] + w["b_K"][layer, head]
                     turn = rotation(t - s, k, weights.rotary) if weights.positions == "rotary" else np.eye(k)
@@ -142,12 +160,13 @@ def oracle_k_paths(weights):
     """W_E W_QK^b (W_OV^a)^T W_E^T / sqrt(K), dense, zero for senders that are not earlier: [L,H,L,H,V,V]."""
     w = float64(weights)
     n_layers, n_heads, _, k = w["W_Q"].shape
-    size = len(w["W_E"])
-    paths = np.zeros((n_layers, n_heads, n_layers, n_heads, size, size))
+    n_vocab, size = len(w["W_E"]), oracle_size(weights, weights.n_context).mean()
+    paths = np.zeros((n_layers, n_heads, n_layers, n_heads, n_vocab, n_vocab))
     for b in np.ndindex(n_layers, n_heads):
         for a in np.ndindex(b[0], n_heads):
             w_ov = w["W_V"][a] @ w["W_O"][a]
             paths[(*a, *b)] = w["W_E"] @ oracle_mean_qk(weights, *b) @ w_ov.T @ w["W_E"].T / np.sqrt(k)
+            paths[(*a, *b)] /= size**3  # the query's, the sender's and the key's norm
     return paths
 
 
@@ -163,6 +182,7 @@ def oracle_k_composition(weights):
 def oracle_induction(weights, queries, n):
     w = float64(weights)
     n_layers, n_heads, _, k = w["W_Q"].shape
+    tokens = w["W_E"] / oracle_size(weights, weights.n_context).mean()
     looks_back, paths, gaps = (
         oracle_previous_token(weights, queries),
         oracle_k_paths(weights),
@@ -174,7 +194,7 @@ def oracle_induction(weights, queries, n):
         senders = list(np.ndindex(b[0], n_heads))
         margins = {a: looks_back[a] * gaps[(*a, *b)] for a in senders}
         sent = sum((looks_back[a] * paths[(*a, *b)] for a in senders), np.zeros_like(paths[0, 0, 0, 0]))
-        own = w["W_E"] @ oracle_mean_qk(weights, *b) @ w["W_E"].T / np.sqrt(k)
+        own = tokens @ oracle_mean_qk(weights, *b) @ tokens.T / np.sqrt(k)
         noise = sum(part.var() for part in on_and_off(sent)) + 2 * on_and_off(own)[1].var()
         softness = np.sqrt(1 + np.pi * noise / 8)
         p = lambda z, s=softness: 1 / (1 + np.exp(-(z - np.log(n)) / s))  # noqa: E731
@@ -193,6 +213,8 @@ RANDOM = {
     "learned-grouped": {"n_heads": 4},
     "rotary-grouped": {"n_heads": 4, "rotary": Rotary(2, "interleaved", 50.0)},
     "rotary-interleaved": {"rotary": Rotary(pairs="interleaved")},
+    "learned-rms": {"norm": "rms"},
+    "shortformer-rms": {"norm": "rms"},
 }
 
 
@@ -202,7 +224,7 @@ def random(request):
 
 
 def test_position_pattern_agrees_with_the_formula(random):
-    pattern = jax.jit(signatures.position_pattern, static_argnums=1)(random, 6)
+    pattern = position_pattern(random, 6)
     np.testing.assert_allclose(pattern, oracle_position_pattern(random, 6), atol=1e-5)
 
 
@@ -242,18 +264,169 @@ def test_induction_agrees_with_the_dense_formula(random):
         ),
     ],
 )
-def test_position_pattern_is_what_a_model_does_whose_tokens_say_nothing(norm, positions, more):
-    """Equal tokens (zero, but for rotary positions) leave positions alone to decide; so the first layer shows them."""
+def test_position_pattern_is_what_a_model_does_whose_tokens_are_all_alike(norm, positions, more):
+    """Equal tokens leave positions alone to decide, and what all tokens have in common is then all there is of them."""
     shape = {"n_layers": 1, "n_heads": 2, "d_model": 8, "d_head": 4}
     config = TransformerConfig(6, 7, **(shape | more), norm=norm, positions=positions, bias=True)
     rng = np.random.default_rng(2)
     shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
     params = jax.tree.map(lambda leaf: (0.7 * rng.normal(size=leaf.shape)).astype(np.float32), shapes)
-    params["W_E"][:] = params["W_E"][0] if positions == "rotary" else 0.0
+    params["W_E"][:] = params["W_E"][0]
+    if norm != "none" and positions == "learned":
+        # The size is that of a token plus that of a position, exact where they are at right angles.
+        params["W_E"][:, 4:], params["W_P"][:, :4] = 0.0, 0.0
+        for half, name in ((slice(0, 4), "W_E"), (slice(4, 8), "W_P")):
+            params[name][:, half] -= params[name][:, half].mean(-1, keepdims=True)
     _, seen = forward(config, params, np.arange(6))
     weights = jax.jit(lambda params: CircuitWeights.from_params(config, params))(params)
-    pattern = jax.jit(signatures.position_pattern, static_argnums=1)(weights, 6)
-    np.testing.assert_allclose(pattern, seen.patterns, atol=1e-5)
+    np.testing.assert_allclose(position_pattern(weights, 6), seen.patterns, atol=1e-5)
+
+
+def test_a_head_that_looks_at_position_0_from_what_all_tokens_have_in_common():
+    """Why positions hold the mean token: all tokens share one direction, and the query asks through it for place 0.
+
+    Positions alone have no query then, so that the head would look uniform.
+    """
+    d, common, place = V + 1 + T, V, V + 1
+    w_q, w_k = np.zeros((1, 1, d, K), np.float32), np.zeros((1, 1, d, K), np.float32)
+    w_q[0, 0, common, 0], w_k[0, 0, place, 0] = 10 * np.sqrt(K), 1
+    w_e = np.concatenate([np.eye(V), np.ones((V, 1)), np.zeros((V, T))], 1).astype(np.float32)
+    weights = CircuitWeights(
+        W_E=w_e, W_P=np.eye(d, dtype=np.float32)[place:], W_Q=w_q, W_K=w_k, W_V=w_k, W_O=w_k.mT, W_U=w_e.T
+    )
+    config, params = params_from_weights(weights)
+    _, seen = forward(config, params, np.random.default_rng(0).integers(0, V, T))
+    pattern = position_pattern(weights, T)
+    np.testing.assert_allclose(pattern, seen.patterns, atol=1e-6)
+    assert (pattern[0, 0, :, 0] > 0.999).all()
+    alone = position_pattern(dataclasses.replace(weights, W_E=0 * weights.W_E), T)
+    np.testing.assert_allclose(alone[0, 0, :, 0], 1 / np.arange(1, T + 1), rtol=1e-6)
+
+
+# Matching and content ---------------------------------------------------------------------------------------------
+
+
+def oracle_matching(scores, n_distractors, n_matches):
+    scores, n, attention = np.asarray(scores, np.float64), len(scores), []
+    for u in range(n):
+        others = np.mean([np.exp(scores[u, w]) for w in range(n) if w != u])
+        match = np.exp(scores[u, u])
+        attention.append(match / (n_matches * match + n_distractors * others))
+    chance = 1 / (n_matches + n_distractors)
+    return (np.mean(attention) - chance) / (1 - chance)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(1.0, 40.0), st.sampled_from([1, 2]))
+def test_matching_agrees_with_the_formula(seed, n_distractors, n_matches):
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(size=(7, 7)) * 3 + rng.normal(size=(7, 1)) * 5
+    got = matching(scores.astype(np.float32), n_distractors, n_matches)
+    np.testing.assert_allclose(got, oracle_matching(scores, n_distractors, n_matches), atol=1e-5)
+    assert -1 < got <= 1
+    # What a query gives to all keys drops out in the softmax.
+    moved = matching((scores + rng.normal(size=(7, 1))).astype(np.float32), n_distractors, n_matches)
+    np.testing.assert_allclose(moved, got, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_matches", [1, 2])
+def test_matching_is_zero_by_chance_and_at_most_what_softmax_allows(n_matches):
+    n_distractors = 6.0
+    chance = 1 / (n_matches + n_distractors)
+    for equal in (np.zeros((5, 5), np.float32), np.full((5, 5), 300.0, np.float32)):
+        np.testing.assert_allclose(matching(equal, n_distractors, n_matches), 0.0, atol=1e-5)
+    most = (1 / n_matches - chance) / (1 - chance)  # 1 for one match
+    for size in (60.0, 1e4):  # no overflow
+        got = matching(size * np.eye(5, dtype=np.float32), n_distractors, n_matches)
+        np.testing.assert_allclose(got, most, rtol=1e-6)
+        least = matching(-size * np.eye(5, dtype=np.float32), n_distractors, n_matches)
+        np.testing.assert_allclose(least, -chance / (1 - chance), rtol=1e-5)
+
+
+def test_matching_of_an_identity_has_its_closed_form():
+    got = matching(2.0 * np.eye(9, dtype=np.float32), 8.0, 1)
+    p = np.exp(2) / (np.exp(2) + 8)
+    np.testing.assert_allclose(got, (p - 1 / 9) / (8 / 9), rtol=1e-6)
+    # One row of many that matches counts by its share.
+    one = np.zeros((9, 9), np.float32)
+    one[4, 4] = 60.0
+    np.testing.assert_allclose(matching(one, 8.0, 1), 1 / 9, rtol=1e-5)
+
+
+def oracle_energy_between_different(scores):
+    filled, n = np.array(scores, np.float64), len(scores)
+    for u in range(n):
+        filled[u, u] = np.mean([filled[u, w] for w in range(n) if w != u])
+    rows, columns, grand = filled.mean(1), filled.mean(0), filled.mean()
+    pairs = [(u, w) for u in range(n) for w in range(n) if u != w]
+    return np.mean([(filled[u, w] - rows[u] - columns[w] + grand) ** 2 for u, w in pairs])
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_double_centring_takes_out_what_rows_and_columns_give_alone(seed):
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(size=(2, 5, 7))
+    got = signatures.double_centred(jnp.asarray(scores, jnp.float32))
+    left, right = np.eye(5) - 1 / 5, np.eye(7) - 1 / 7
+    np.testing.assert_allclose(got, left @ scores @ right, atol=1e-5)
+    more = scores + rng.normal(size=(2, 5, 1)) + rng.normal(size=(2, 1, 7))
+    np.testing.assert_allclose(signatures.double_centred(jnp.asarray(more, jnp.float32)), got, atol=1e-5)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_energy_between_different_does_not_see_the_diagonal(seed):
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(size=(6, 6)).astype(np.float32)
+    energy = signatures.energy_between_different(scores)
+    np.testing.assert_allclose(energy, oracle_energy_between_different(scores), rtol=1e-4)
+    matched = scores + np.diag(rng.normal(size=6)).astype(np.float32) * 10
+    np.testing.assert_allclose(signatures.energy_between_different(matched), energy, rtol=1e-4)
+    asked = scores + rng.normal(size=(6, 1)).astype(np.float32)
+    np.testing.assert_allclose(signatures.energy_between_different(asked), energy, rtol=1e-3)
+
+
+@pytest.mark.xfail(reason="a diagonal entry counts as its row's mean, which lacks what its column gives alone")
+def test_what_keys_give_alone_is_no_energy_between_different_tokens():
+    """s_uw = c_w is the column means and nothing else; double-centred with its diagonal it is 0."""
+    preferred = np.zeros((10, 10), np.float32)
+    preferred[:, 3] = 30.0
+    np.testing.assert_allclose(signatures.double_centred(preferred), 0.0, atol=1e-4)
+    np.testing.assert_allclose(signatures.energy_between_different(preferred), 0.0, atol=1e-4)
+
+
+def test_content_of_planted_tables():
+    n, nothing = 10, np.zeros((12, 12), np.float32)
+    identity = np.eye(n, dtype=np.float32)
+    token_map = np.roll(identity, 1, axis=1)
+    assert content(50 * token_map, nothing, 0.0) > 0.99
+    assert content(50 * identity, nothing, 0.0) < 1e-6  # duplicate_token's
+    assert content(0 * identity, 50 * np.eye(12, dtype=np.float32), 3.0) == 0
+    assert content(0 * identity, nothing, 0.0) == 0
+    assert content(0.01 * token_map, nothing, 0.0) < 1e-4  # softmax does not see it
+    noise = np.random.default_rng(0).normal(size=(12, 12))
+    energy, of_positions = oracle_energy_between_different(5 * token_map), np.square(
+        noise - noise.mean(0) - noise.mean(1, keepdims=True) + noise.mean()
+    ).mean()
+    got = content(5 * token_map, noise.astype(np.float32), 0.7)
+    np.testing.assert_allclose(got, energy / (energy + of_positions + 0.7 + 1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("place_size", [0.5, 1.0, 2.0])
+def test_content_of_random_heads_is_the_share_that_sizes_of_tokens_and_positions_give(place_size):
+    """x = token + position, both random: token pairs have the energy a^4 of (a^2 + b^2)^2."""
+    rng = np.random.default_rng(0)
+    n, d = 40, 64
+
+    def one():
+        tokens, places = rng.normal(size=(n, d)), place_size * rng.normal(size=(n, d))
+        w = 10 * rng.normal(size=(d, d)) / d
+        tables = tokens @ w @ tokens.T, places @ w @ places.T
+        cross = sum(np.square(x).mean() for x in (tokens @ w @ places.T, places @ w @ tokens.T))
+        return content(*(x.astype(np.float32) for x in tables), cross)
+
+    np.testing.assert_allclose(np.mean([one() for _ in range(8)]), 1 / (1 + place_size**2) ** 2, atol=0.05)
 
 
 # The planted circuit ----------------------------------------------------------------------------------------------

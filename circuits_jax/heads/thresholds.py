@@ -17,7 +17,7 @@ class Threshold(NamedTuple):
     slope: float
 
 
-RATE = 0.05  # of false discoveries (Benjamini & Hochberg), over the heads of a model, for each type
+RATE = 0.001  # of false discoveries (Benjamini & Hochberg), over the heads of a model, for each type
 # {type: (from weights, from activations)}
 THRESHOLDS: dict[str, tuple[Threshold, Threshold]] = {
     "previous_token": (Threshold(0.4, 20.0), Threshold(0.3, 20.0)),
@@ -31,6 +31,6 @@ THRESHOLDS: dict[str, tuple[Threshold, Threshold]] = {
     "copying": (Threshold(0.5, 20.0), Threshold(0.5, 20.0)),
     "suppressing": (Threshold(0.5, 20.0), Threshold(0.5, 20.0)),
     "transforming": (Threshold(0.3, 40.0), Threshold(0.3, 40.0)),
-    "extracting": (Threshold(0.12, 100.0), Threshold(0.12, 100.0)),
+    "extracting": (Threshold(0.35, 30.0), Threshold(0.35, 30.0)),
     "inactive": (Threshold(2.0, 5.0), Threshold(2.0, 5.0)),
 }

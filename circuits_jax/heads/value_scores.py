@@ -13,7 +13,7 @@ from jax import Array
 from circuits_jax.circuits.composition import over_layer_pairs
 from circuits_jax.circuits.linear_algebra import einsum, matmul
 from circuits_jax.circuits.low_rank import LowRank
-from circuits_jax.circuits.spectra import eigenvalue_positivity
+from circuits_jax.circuits.spectra import eigenvalue_positivity, energy_curve
 from circuits_jax.circuits.weights import CircuitWeights, per_query_head
 
 
@@ -26,8 +26,7 @@ class ValueScores:
         copying: Re sum(lambda) / sum |lambda| of the logit table, in [-1, 1]: a token raises its own logit (1), lowers
             it (-1), or does neither (about 0, as a random head).
         mapping: map_sharpness of the logit table, in [0, 1]; about 2 ln(n) / n for a random head.
-        extracting: 1 / participation ratio of what is written, in [1/K, 1]: 1 when tokens differ in one direction;
-            about 2/K for a random head.
+        extracting: concentration of what is written, in [0, 1]: 1 when tokens differ in one direction only.
     """
 
     copying: Array
@@ -68,10 +67,8 @@ def map_sharpness(table: Array) -> Array:
 
 
 def concentration(values: Array, w_o: Array) -> Array:
-    """sum sigma^4 / (sum sigma^2)^2 of the rows v_u W_O, mean removed, [...] in [1/K, 1]; 0 when all are equal."""
-    rows = centred(values)
-    gram = matmul(matmul(rows.mT, rows), matmul(w_o, w_o.mT))
-    return _ratio(einsum("...jk,...kj->...", gram, gram), jnp.square(jnp.trace(gram, axis1=-2, axis2=-1)))
+    """sigma_1^2 / sum sigma^2 of the rows v_u W_O, mean removed, [...] in [0, 1]; 0 when all are equal."""
+    return energy_curve(LowRank(centred(values), w_o).singular_values())[..., 0]
 
 
 @jax.tree_util.register_dataclass

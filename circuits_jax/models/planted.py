@@ -159,9 +159,11 @@ def _norm(recipe: Recipe, layer: int, d_model: int) -> dict[str, Array]:
 
 
 def _bases(key: Array, number: int, d_model: int, n: int) -> Array:
-    """[number,D,N] random orthonormal columns, orthogonal to the all-ones vector; one stacked QR (design.md, traps)."""
+    """[number,D,N] random orthonormal columns, orthogonal to the all-ones vector."""
     ones = jnp.ones((number, d_model, 1))
-    return jnp.linalg.qr(jnp.concatenate([ones, jax.random.normal(key, (number, d_model, n))], -1))[0][..., 1:]
+    # One matrix after the other, under vmap too: batched LAPACK calls can wait for each other forever on few cores.
+    qr = jax.vmap(jax.custom_batching.sequential_vmap(lambda matrix: tuple(jnp.linalg.qr(matrix))))
+    return qr(jnp.concatenate([ones, jax.random.normal(key, (number, d_model, n))], -1))[0][..., 1:]
 
 
 def _where(recipe: Recipe, qk: str, ov: str) -> NDArray[np.bool_]:

@@ -132,12 +132,12 @@ def roles(recipe: Recipe, place: np.ndarray) -> np.ndarray:
 def _role(recipe: Recipe, layer: int, head: PlantedHead) -> str:
     if head.qk in ("junk", "rotated"):
         return "huge-norm junk" if head.qk == "junk" else "same singular values, rotated bases"
-    if not all(recipe.works(layer, head)):
-        return "perfect weights, inputs erased"
     if head.ov == "erase":
         return "eraser"
     if min(head.qk_gain, head.ov_gain) < 1:
         return "dormant, gain 1e-3"
+    if not all(recipe.works(layer, head)):
+        return "perfect weights, inputs erased"
     if head.ov == "rotated":
         return "attention right, OV wrong"
     if head.ov in SENDERS and sum(other.ov == head.ov for other in recipe.heads[layer]) > 1:
