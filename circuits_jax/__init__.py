@@ -37,8 +37,11 @@ from circuits_jax.circuits.weights import CircuitWeights, params_from_weights, p
 from circuits_jax.heads.composition_evidence import CompositionEvidence, composition_evidence
 from circuits_jax.heads.effects import EdgeEffects, HeadEffects, ablate_heads, cut_edges
 from circuits_jax.heads.nulls import Null, benjamini_hochberg, p_value, spectral_null, z_score
+from circuits_jax.heads.taxonomy import HeadReport, classify_heads, classify_weights
 from circuits_jax.models.config import Rotary, TransformerConfig
 from circuits_jax.models.interventions import Interventions
+from circuits_jax.models.planted import Planted, plant
+from circuits_jax.models.planted_recipes import PlantedHead, Recipe
 from circuits_jax.models.transformer import Activations, forward, init_params
 from circuits_jax.tasks.batch import Batch, accuracy, next_token_loss
 
@@ -54,10 +57,14 @@ __all__ = [
     "Eigenvalues",
     "Entries",
     "HeadEffects",
+    "HeadReport",
     "Interventions",
     "LowRank",
     "Null",
     "PathTerms",
+    "Planted",
+    "PlantedHead",
+    "Recipe",
     "Rotary",
     "SpectralSummary",
     "TokenAttribution",
@@ -66,6 +73,8 @@ __all__ = [
     "ablate_heads",
     "accuracy",
     "benjamini_hochberg",
+    "classify_heads",
+    "classify_weights",
     "component_scores",
     "composition_evidence",
     "composition_scores",
@@ -96,6 +105,7 @@ __all__ = [
     "participation_ratio",
     "path_expansion",
     "per_query_head",
+    "plant",
     "position_qk",
     "projection_kernel",
     "qk",

@@ -6,10 +6,10 @@
 
 Trains small attention-only models on random-period repeats, over many seeds, with two controls: one-layer models, and
 two-layer models trained on i.i.d. tokens. Then asks of every head whether it is a previous-token head or an induction
-head, three times: by weights alone, by attention, and by causal effect (cut edges). No threshold sees the seeds it
-judges: an edge is causal when its cut lowers the receiver's own induction attention by more than 0.2, fixed before on
-other runs; the fall that weights predict is held against the same number; thresholds for attention are fitted on the
-other half of the seeds (even on odd, odd on even); copying has to beat the 99 % quantile of norm-matched random heads.
+head, three times: by weights alone, by attention, and by causal effect (cut edges). No threshold sees the runs it
+judges: by weights and attention the taxonomy says what a head is, with thresholds calibrated on planted heads; an edge
+is causal when its cut lowers the receiver's own induction attention by more than 0.2, fixed before on other runs, and
+the fall that weights predict is held against the same number.
 
 Writes runs/<name>/: config.json, results.zarr, checkpoints/, summary.json and report.html, one page with the curves,
 patterns, spectra, composition maps and verdicts. The same command resumes a run that was stopped.
@@ -233,9 +233,8 @@ def main(plan: Plan) -> None:
             evidence[condition.name] = analyse(analyses[condition.config].result(), runs[condition.name])
             progress.update(bar, completed=1)
 
-    thresholds = verdicts.fit(evidence["repeats"])
     outcomes = {
-        name: induction.Outcome(np.asarray(plan.seeds), run, evidence[name], verdicts.judge(evidence[name], thresholds))
+        name: induction.Outcome(np.asarray(plan.seeds), run, evidence[name], verdicts.judge(evidence[name]))
         for name, run in runs.items()
     }
     figures = induction.figures(outcomes)
@@ -263,7 +262,7 @@ def compile_analysis(plan: Plan, config: TransformerConfig) -> Analysis:
     """All evidence on models stacked along S, one after the other, as one compiled program."""
 
     def one(params: Params) -> dict[str, Array]:
-        key = jax.random.key(0)  # of the copying null
+        key = jax.random.key(0)  # of the taxonomy's inputs and nulls
         return head_evidence.everything(config, params, plan.evaluation, plan.looks_back, plan.n_distractors, key)
 
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

@@ -53,6 +53,7 @@ from circuits_jax.training.train import Optimization
 
 BENCHMARK_KEY, CALIBRATION_KEY = 1, 2  # no test plants from these
 CALIBRATION_NOISE = (0.1, 0.4, 0.8, 1.2)  # between and beyond what the benchmark asks about
+AT_ONCE = 16  # models that one call of the compiled analysis takes
 RANDOM_GAINS = (1.0, 3.0, 10.0)  # times fan-in weights: from diffuse heads to sharp ones
 
 
@@ -124,7 +125,7 @@ def parts(settings: Settings, folder: Path) -> list[Part]:
         key = jax.random.fold_in(jax.random.fold_in(root, number), 99)
         labels = {"positions": positions, "norm": norm, "recipe": "random"}
         make = partial(make_random, config, key, n_models)
-        out.append(Part(f"{positions}-{norm}-random", "random", config, labels, make, None))
+        out.append(Part(f"{positions}-{norm}-random", "random", config, labels, make, config.n_vocab - 1))
     config = TransformerConfig(n_vocab=32, n_context=24, n_layers=2, n_heads=4, d_model=64, positions="shortformer")
     n_runs = -(-settings.trained_heads // (config.n_layers * config.n_heads))
     labels = {"positions": "shortformer", "norm": "none", "recipe": "trained"}
@@ -136,7 +137,8 @@ def make_planted(recipe: Recipe, key: Array, noise: tuple[float, ...], n_models:
     """n_models at every noise level, with their truth; the same models at every level, with the same noise, scaled."""
     keys = jnp.tile(jax.random.split(key, n_models), len(noise))
     levels = np.repeat(noise, n_models)
-    planted = jax.jit(jax.vmap(partial(plant, recipe)))(keys, jnp.asarray(levels, jnp.float32))
+    many = jax.jit(jax.vmap(partial(plant, recipe)), compiler_options=devices.quick_compilation())
+    planted = many(keys, jnp.asarray(levels, jnp.float32))
     truth = {name: np.asarray(getattr(planted.truth, name)) for name in recovery.TRUTH}
     return planted.params, truth | {"noise": levels, "roles": np.asarray(recovery.roles(recipe, truth["place"]))}
 
@@ -203,8 +205,13 @@ def look(part: Part, folder: Path) -> recovery.Looked:
     params, kept = part.make()
     n_models = len(kept["noise"])
     keys = jax.random.split(jax.random.key(n_models), n_models)
-    found = analysis(part.config, part.bos)(params, keys)
-    arrays = recovery.flat(found) | kept
+    found = []
+    for first in range(0, n_models, AT_ONCE):
+        # Always as many, the last ones twice if need be, so that models of one shape share one compiled program.
+        rows = np.minimum(np.arange(first, first + AT_ONCE), n_models - 1)
+        some = analysis(part.config, part.bos)(*jax.tree.map(lambda x, rows=rows: x[rows], (params, keys)))
+        found.append(jax.tree.map(lambda x, n=n_models - first: np.asarray(x)[:n], some))
+    arrays = recovery.flat(jax.tree.map(lambda *x: np.concatenate(x), *found)) | kept
     recovery.save(path, arrays)
     return recovery.Looked(part.kind, part.labels, arrays)
 

@@ -1,4 +1,4 @@
-"""Thresholds that never see what they judge, and scores of scores."""
+"""Confidence from scores, and scores of scores."""
 
 import numpy as np
 import pytest
@@ -6,49 +6,31 @@ import pytest
 from circuits_jax.heads import calibration
 
 
-def test_threshold_lies_between_separable_classes():
-    threshold = calibration.fit_threshold(np.array([0.0, 0.1, 0.2, 0.8, 0.9]), np.array([False] * 3 + [True] * 2))
-    assert 0.2 < threshold < 0.8
+def test_middle_lies_between_separable_classes():
+    middle, slope = calibration.fit_logistic(np.array([0.0, 0.1, 0.2, 0.8, 0.9]), np.array([False] * 3 + [True] * 2))
+    assert 0.2 < middle < 0.8
+    assert slope * 0.3 > 2  # sure of both sides
 
 
-def test_threshold_is_where_a_logistic_model_crosses_one_half():
+def test_the_logistic_model_that_made_the_data_is_found():
     random = np.random.default_rng(0)
     scores = random.uniform(-5, 5, 20_000)
     truth = random.random(20_000) < 1 / (1 + np.exp(-3 * (scores - 1.5)))
-    assert calibration.fit_threshold(scores, truth) == pytest.approx(1.5, abs=0.05)
+    assert calibration.fit_logistic(scores, truth) == pytest.approx((1.5, 3.0), abs=0.15)
 
 
-def test_threshold_does_not_depend_on_the_unit():
+def test_the_fit_does_not_depend_on_the_unit():
     random = np.random.default_rng(1)
     scores = random.normal(size=200)
     truth = scores + 0.3 * random.normal(size=200) > 0.5
-    one = calibration.fit_threshold(scores, truth)
-    assert calibration.fit_threshold(1e4 * scores, truth) == pytest.approx(1e4 * one, rel=1e-2)
+    middle, slope = calibration.fit_logistic(scores, truth)
+    assert calibration.fit_logistic(1e4 * scores, truth) == pytest.approx((1e4 * middle, slope / 1e4), rel=1e-2)
 
 
-def test_threshold_of_one_class():
+def test_the_fit_of_one_class():
     scores = np.array([0.3, 0.7])
-    assert not (scores > calibration.fit_threshold(scores, np.array([False, False]))).any()
-    assert (scores > calibration.fit_threshold(scores, np.array([True, True]))).all()
-
-
-def test_halves_never_see_what_they_judge():
-    scores = np.array([[0.0, 1.0], [0.0, 10.0], [0.0, 1.0], [0.0, 10.0]])
-    truth = scores > 0
-    halves = calibration.fit_halves(scores, truth, np.ones(4, bool))
-    assert 1 < halves[0] < 10  # even runs are judged by what odd ones taught
-    assert 0 < halves[1] < 1
-    labels = calibration.exceeds(scores, halves)
-    assert labels.tolist() == [[False, False], [False, True]] * 2
-
-
-def test_unusable_runs_are_not_fitted_on():
-    scores = np.array([[0.0, 1.0], [np.nan, np.nan], [0.0, 1.0], [0.0, 2.0]])
-    halves = calibration.fit_halves(scores, scores > 0, np.array([True, False, True, True]))
-    assert np.isfinite(halves).all()
-    assert not calibration.exceeds(scores, halves)[1].any()
-    lonely = calibration.fit_halves(scores[:1], scores[:1] > 0, np.array([True]))
-    assert np.isposinf(lonely[0])
+    assert not (scores > calibration.fit_logistic(scores, np.array([False, False]))[0]).any()
+    assert (scores > calibration.fit_logistic(scores, np.array([True, True]))[0]).all()
 
 
 def test_auroc_against_counting_pairs():
@@ -65,6 +47,13 @@ def test_precision_and_recall():
     assert calibration.recall(labels, truth) == pytest.approx(1 / 3)
     assert np.isnan(calibration.precision(np.zeros(2, bool), np.ones(2, bool)))
     assert np.isnan(calibration.recall(np.ones(2, bool), np.zeros(2, bool)))
+
+
+def test_f1_is_the_harmonic_mean_of_precision_and_recall():
+    labels, truth = np.array([True, True, False, False]), np.array([True, False, True, True])
+    assert calibration.f1(labels, truth) == pytest.approx(2 / (1 / 0.5 + 1 / (1 / 3)))
+    assert calibration.f1(labels, ~labels) == 0.0
+    assert np.isnan(calibration.f1(np.zeros(2, bool), np.zeros(2, bool)))
 
 
 def test_wilson_interval_of_a_textbook_case():

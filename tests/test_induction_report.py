@@ -5,7 +5,7 @@ import pytest
 from test_verdicts import made_up
 
 from circuits_jax.heads import verdicts
-from circuits_jax.reports import induction, results
+from circuits_jax.reports import induction, results, run_folder
 from circuits_jax.training.train import Run
 
 STEPS = np.array([0, 100, 300, 500])
@@ -19,6 +19,7 @@ def outcome(n_runs=8, diverged=(), learned=True, seed=0):
     if not learned:
         for name in ("edge_weights", "edge_effect", "joint_effect", "induction_weights", "induction_attention"):
             evidence[name] = np.minimum(evidence[name], 0.1)
+        evidence["type_scores"] = np.minimum(evidence["type_scores"], 0.1)
     accuracy = np.tile([0.0, 0.6, 0.99, 1.0] if learned else [0.0, 0.1, 0.2, 0.4], (n_runs, 1))
     heads = np.zeros((n_runs, 4, 2, 2)) + accuracy[..., None, None]
     measurements = {"accuracy": accuracy, "evaluation_loss": 1 - accuracy}
@@ -38,9 +39,8 @@ def outcomes(diverged=(), n_runs=8):
         "iid": outcome(n_runs, learned=False, seed=1),
         "one_layer": outcome(n_runs, learned=False, seed=2),
     }
-    thresholds = verdicts.fit(made["repeats"][1])
     return {
-        name: induction.Outcome(seeds, run, evidence, verdicts.judge(evidence, thresholds))
+        name: induction.Outcome(seeds, run, evidence, verdicts.judge(evidence))
         for name, (run, evidence, seeds) in made.items()
     }
 
@@ -74,7 +74,7 @@ def test_when_every_run_diverged_nothing_is_claimed():
     for name in ("edge_auroc", "edge_precision", "best_partner", "induction_heads"):
         assert np.isnan(figures[name].value)
         assert not figures[name].met
-    assert "fewer than two sound runs" in induction.notes(found)[-1]
+    assert "diverged and are left out" in induction.notes(found)[-1]
     headings = [heading for heading, _ in induction.sections(found, figures, np.arange(3))]
     assert not any("pair" in heading for heading in headings)
 
@@ -102,7 +102,7 @@ def test_disagreement_is_shown():
     _, rows = induction.verdict_table(found["repeats"])
     assert rows[0][3] == "weights none, attention 0.0@100, effect 0.0@100"
     assert rows[0][-1] == "no"
-    header, table = induction.figure_table(induction.figures(found))
+    header, table = run_folder.figure_table(induction.figures(found))
     assert len({len(header), *map(len, table)}) == 1
 
 
@@ -121,4 +121,13 @@ def test_page_and_datasets_hold_every_array(tmp_path):
 def test_few_runs(n_runs):
     found = outcomes(n_runs=n_runs)
     assert np.isfinite(induction.figures(found)["edge_recall"].value)
-    assert len(induction.notes(found)) == (n_runs < 2)
+    assert induction.notes(found) == []
+
+
+def test_every_head_of_the_recovered_run_is_named():
+    found = outcomes()["repeats"]
+    _, rows = induction.head_table(found, 0)
+    assert rows[0] == ["0.0", "previous_token", "undetermined"]
+    assert rows[2] == ["1.0", "induction", "copying"]
+    found.verdicts.types["induction"]["attention"][0, 1, 0] = False
+    assert induction.head_table(found, 0)[1][2][1] == "induction [weights only]"

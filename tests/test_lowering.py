@@ -18,9 +18,21 @@ from circuits_jax.circuits import (
     spectra,
     token_space,
 )
-from circuits_jax.heads import composition_evidence, effects, evidence, nulls, patterns, signatures
-from circuits_jax.models import interventions, rotary
-from circuits_jax.tasks import batch
+from circuits_jax.heads import (
+    composition_evidence,
+    effects,
+    evidence,
+    ideal_inputs,
+    nulls,
+    patterns,
+    realisation,
+    signatures,
+    structure,
+    taxonomy,
+    value_scores,
+)
+from circuits_jax.models import interventions, planted, planted_recipes, rotary
+from circuits_jax.tasks import batch, designed
 from circuits_jax.tasks.repeated_tokens import RepeatedTokens
 from circuits_jax.training import train
 
@@ -52,6 +64,18 @@ BATCH = cj.Batch(tokens=array(B, T, dtype=np.int32), mask=array(B, T, dtype=bool
 LOGITS = array(B, T, V)
 PATTERN, TOKENS, QUERIES = array(T, T), array(T, dtype=np.int32), array(T, dtype=bool)
 CHANGES = cj.Interventions(array(L, H), array(L, H, L, H), array(L, H, L, H), array(L, H, L, H))
+ROWS, PLACE_ROWS, SHARE, OFFSETS = array(V, 8), array(L, T, 8), array(L, H), array(T, dtype=np.int32)
+HEAD = (array(L, H, V, 4), array(L, H, 4, 8), array(8, V))  # values, W_O, W_U
+INPUTS = jax.eval_shape(
+    lambda w, share, key: ideal_inputs.ideal_inputs(w, T, share, share, None, key), WEIGHTS, SHARE, KEY
+)
+RELAYED = jax.eval_shape(
+    value_scores.relays, WEIGHTS, array(L, H, V, 4), array(L, H, T, 4), array(L, H, V, 4), array(L, H, T, 4)
+)
+STRUCTURE = jax.eval_shape(
+    lambda w, queries, key: structure.structure(w, queries, key, n_draws=3), WEIGHTS, QUERIES, KEY
+)
+RECIPE = planted_recipes.recipes("learned")["basic"]
 SWEPT_TASK = jax.tree.map(lambda leaf: array(dtype=np.asarray(leaf).dtype.name.replace("64", "32")), TASK)
 
 # name -> (function, its arguments); static arguments are closed over.
@@ -163,7 +187,85 @@ TABLE = {
     "patterns.earlier_copies": (patterns.earlier_copies, (TOKENS,)),
     "signatures.previous_token": (signatures.previous_token, (WEIGHTS, QUERIES)),
     "signatures.position_pattern": (lambda weights: signatures.position_pattern(weights, T), (ROTARY,)),
-    "signatures.residual_size": (lambda weights: signatures.residual_size(weights, T), (WEIGHTS,)),
+    "signatures.matching": (lambda scores, n: signatures.matching(scores, n, 2), (array(V, V), array())),
+    "signatures.content": (signatures.content, (array(V, V), PATTERN, array())),
+    "signatures.double_centred": (signatures.double_centred, (array(V, T),)),
+    "signatures.energy_between_different": (signatures.energy_between_different, (array(V, V),)),
+    "patterns.offset_profile": (patterns.offset_profile, (PATTERN, QUERIES)),
+    "patterns.uniform": (lambda: patterns.uniform(T), ()),
+    "patterns.above_chance": (patterns.above_chance, (SHARE, array())),
+    "ideal_inputs.residual_size": (lambda weights: ideal_inputs.residual_size(weights, T), (WEIGHTS,)),
+    "ideal_inputs.normalized": (ideal_inputs.normalized, (WEIGHTS, PLACE_ROWS)),
+    "ideal_inputs.position_inputs": (
+        lambda weights, start: ideal_inputs.position_inputs(weights, T, start),
+        (WEIGHTS, array(8)),
+    ),
+    "ideal_inputs.token_inputs": (lambda weights: ideal_inputs.token_inputs(weights, T), (WEIGHTS,)),
+    "ideal_inputs.queries": (ideal_inputs.queries, (WEIGHTS, ROWS)),
+    "ideal_inputs.keys": (ideal_inputs.keys, (WEIGHTS, ROWS)),
+    "ideal_inputs.values": (ideal_inputs.values, (WEIGHTS, PLACE_ROWS)),
+    "ideal_inputs.position_scores": (ideal_inputs.position_scores, (ROTARY, PLACE_ROWS, PLACE_ROWS)),
+    "ideal_inputs.token_scores": (ideal_inputs.token_scores, (ROTARY, ROWS, ROWS, OFFSETS)),
+    "ideal_inputs.mean_over_offsets": (ideal_inputs.mean_over_offsets, (ROTARY, array(L, H, T, 4), OFFSETS)),
+    "ideal_inputs.causal_pattern": (ideal_inputs.causal_pattern, (ATTENTION,)),
+    "ideal_inputs.written": (ideal_inputs.written, (WEIGHTS, ROWS, SHARE)),
+    "ideal_inputs.ideal_inputs": (
+        lambda weights, share, start, key: ideal_inputs.ideal_inputs(weights, T, share, share, start, key),
+        (WEIGHTS, SHARE, array(8), KEY),
+    ),
+    "value_scores.logit_circuit": (value_scores.logit_circuit, HEAD),
+    "value_scores.map_sharpness": (value_scores.map_sharpness, (array(L, H, V, V),)),
+    "value_scores.concentration": (value_scores.concentration, HEAD[:2]),
+    "value_scores.matches": (lambda trace, norm: value_scores.matches(trace, norm, V, 4), (SHARE, SHARE)),
+    "value_scores.token_match": (value_scores.token_match, HEAD),
+    "value_scores.relays": (
+        value_scores.relays,
+        (WEIGHTS, array(L, H, V, 4), array(L, H, T, 4), array(L, H, V, 4), array(L, H, T, 4)),
+    ),
+    "value_scores.centred": (value_scores.centred, (ROWS,)),
+    "structure.sample_tokens": (lambda key: structure.sample_tokens(key, V, 3, 0), (KEY,)),
+    "structure.cut_to_tokens": (structure.cut_to_tokens, (WEIGHTS, array(3, dtype=np.int32))),
+    "structure.qk_evidence": (structure.qk_evidence, (WEIGHTS, INPUTS, QUERIES, STRUCTURE.null)),
+    "structure.positional_scores": (structure.positional_scores, (array(L, H, T), SHARE)),
+    "structure.above_chance_profiles": (structure.above_chance_profiles, (ATTENTION, QUERIES)),
+    "structure.relay_scores": (
+        structure.relay_scores,
+        (STRUCTURE.weights, STRUCTURE.inputs, array(L, H, V, 4), array(L, H, T, 4)),
+    ),
+    "structure.written_length": (structure.written_length, HEAD[:2]),
+    "realisation.on_own_batch": (
+        lambda params, tokens: realisation.on_own_batch(CONFIG, params, tokens),
+        (PARAMS, BATCH.tokens),
+    ),
+    "realisation.positional_z": (
+        realisation.positional_z,
+        (ATTENTION, QUERIES, array(L, H, dtype=np.int32)),
+    ),
+    "realisation.content_share": (
+        lambda scores, tokens: realisation.content_share(scores, tokens, 1),
+        (array(2, B, L, H, T, T), array(2, B, T, dtype=np.int32)),
+    ),
+    "realisation.agreement": (realisation.agreement, (HEAD[0], HEAD[0], HEAD[1])),
+    "realisation.mean_values": (
+        realisation.mean_values,
+        (array(B, L, H, T, 4), array(B, L, H, T), array(B, L, H, T, V)),
+    ),
+    "designed.designed_inputs": (
+        lambda key, ids: designed.designed_inputs(key, ids, T, B, 0),
+        (KEY, array(V, dtype=np.int32)),
+    ),
+    "plant": (lambda key, noise: planted.plant(RECIPE, key, noise), (KEY, array())),
+    "taxonomy.stacked": (taxonomy.stacked, (STRUCTURE.evidence, STRUCTURE.evidence)),
+    "nulls.draw": (
+        lambda w, k: nulls.draw(lambda n: cj.token_ov(n).trace(), w, nulls.random_rotation, k, 3),
+        (WEIGHTS, KEY),
+    ),
+    "nulls.random_rotation": (nulls.random_rotation, (WEIGHTS, KEY)),
+    "nulls.random_frames": (lambda key: nulls.random_frames(key, (L, 8, 4), np.float32), (KEY,)),
+    "nulls.token_permutation": (nulls.token_permutation, (WEIGHTS, KEY)),
+    "nulls.same_layer_permutation": (nulls.same_layer_permutation, (WEIGHTS, array(dtype=np.int32))),
+    "nulls.diagonal_z": (nulls.diagonal_z, (array(L, V, V),)),
+    "nulls.upper_p": (nulls.upper_p, (SHARE,)),
     "signatures.k_composition": (signatures.k_composition, (WEIGHTS,)),
     "signatures.induction": (signatures.induction, (WEIGHTS, QUERIES, array())),
     "evidence.from_attention": (
@@ -203,15 +305,43 @@ EIGENVALUES = {
     "summarize": (cj.summarize, (CIRCUIT,)),
     "copying_score": (cj.copying_score, (WEIGHTS,)),
     "matching_score": (cj.matching_score, (WEIGHTS,)),
-    "nulls.copying_threshold": (nulls.copying_threshold, (WEIGHTS, KEY)),
-    "evidence.from_spectra": (lambda params, key: evidence.from_spectra(CONFIG, params, key), (PARAMS, KEY)),
+    "value_scores.value_scores": (value_scores.value_scores, HEAD),
+    "structure.structure": (
+        lambda weights, queries, key: structure.structure(weights, queries, key, n_draws=3),
+        (WEIGHTS, QUERIES, KEY),
+    ),
+    "structure.ov_evidence": (
+        structure.ov_evidence,
+        (STRUCTURE.weights, array(L, H, V, 4), RELAYED, SHARE, STRUCTURE.null, SHARE),
+    ),
+    "realisation.realisation": (
+        lambda params, found, queries, key: realisation.realisation(CONFIG, params, found, queries, key, 2),
+        (PARAMS, STRUCTURE, QUERIES, KEY),
+    ),
+    "taxonomy.evidence": (
+        lambda params, queries, key: taxonomy.evidence(CONFIG, params, queries, key),
+        (PARAMS, QUERIES, KEY),
+    ),
+    "evidence.from_spectra": (lambda params: evidence.from_spectra(CONFIG, params), (PARAMS,)),
     "evidence.everything": (
         lambda params, batch, queries, key: evidence.everything(CONFIG, params, batch, queries, 3.0, key),
         (PARAMS, BATCH, QUERIES, KEY),
     ),
 }
 # Public functions that cannot be jitted, and why.
-NOT_JITTABLE = {"RepeatedTokens.validate": "raises on plain numbers, returns nothing"}
+NOT_JITTABLE = {
+    "RepeatedTokens.validate": "raises on plain numbers, returns nothing",
+    "composition.over_layer_pairs": "takes functions; composition_scores and relays lower it",
+    "planted_recipes.recipes": "takes names, returns recipes of plain numbers",
+    "classify_heads": "makes reports on the host; taxonomy.evidence is what runs on a device",
+    "classify_weights": "makes reports on the host; structure.structure is what runs on a device",
+    "Recipe.reads": "plain Python on a recipe",
+    "Recipe.works": "plain Python on a recipe",
+    "taxonomy.judge": "NumPy on the host",
+    "taxonomy.judge_stacked": "NumPy on the host",
+    "taxonomy.reports": "makes reports on the host",
+    "taxonomy.sides": "picks thresholds, plain numbers, on the host",
+}
 
 
 def export(entry, platforms):
@@ -246,8 +376,9 @@ def test_every_public_function_is_in_the_table():
     public = {name for name in cj.__all__ if not inspect.isclass(getattr(cj, name))}
     classes = [getattr(cj, name) for name in cj.__all__ if inspect.isclass(getattr(cj, name))]
     modules = [
-        attention, batch, composition, composition_evidence, effects, eigenvalues, eigenvectors, evidence,
-        interventions, low_rank, nulls, orthonormalisation, paths, patterns, rotary, signatures, spectra, token_space,
+        attention, batch, composition, composition_evidence, designed, effects, eigenvalues, eigenvectors, evidence,
+        ideal_inputs, interventions, low_rank, nulls, orthonormalisation, paths, patterns, planted, planted_recipes,
+        realisation, rotary, signatures, spectra, structure, taxonomy, token_space, value_scores,
     ]  # fmt: skip
     for owner in (*classes, RepeatedTokens, *modules):
         short = owner.__name__.rsplit(".", 1)[-1]

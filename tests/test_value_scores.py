@@ -63,7 +63,7 @@ def oracle_sharpness(table):
 
 def oracle_concentration(values, w_o):
     energy = np.linalg.svd(centre(values @ w_o), compute_uv=False) ** 2
-    return np.sum(energy**2) / np.sum(energy) ** 2
+    return energy.max() / energy.sum()
 
 
 def oracle_matches(table, k):
@@ -154,12 +154,7 @@ def test_concentration_is_one_over_the_number_of_equal_directions(r):
     np.testing.assert_allclose(concentration(*float32(values + 1.5, w_o)), 1 / r, rtol=1e-5)
 
 
-EXTREME = pytest.mark.xfail(reason="concentration squares the Gram matrix, a fourth power: 0 or NaN outside float32")
-
-
-@pytest.mark.parametrize(
-    "scale", [1e-4, 1e-2, 1e2, 1e4, pytest.param(1e-6, marks=EXTREME), pytest.param(1e5, marks=EXTREME)]
-)
+@pytest.mark.parametrize("scale", [1e-6, 1e-4, 1e-2, 1e2, 1e5])
 def test_scores_do_not_depend_on_the_scale(scale):
     values, w_o, w_u = random_head(np.random.default_rng(0))
     plain = value_scores(*float32(values, w_o, w_u))
@@ -173,7 +168,6 @@ def test_concentration_of_equal_values_is_zero():
     assert concentration(*float32(values, w_o)) == 0
 
 
-@pytest.mark.xfail(reason="the mean of equal float32 rows is off by rounding, and what is left of them scores 1")
 @pytest.mark.parametrize("n", [7, 10, 64])
 def test_values_equal_up_to_rounding_score_as_equal_ones(n):
     """A head that moves only what all tokens have in common says nothing about them: it extracts nothing."""

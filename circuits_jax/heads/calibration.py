@@ -1,4 +1,4 @@
-"""From scores to verdicts: thresholds that never see the runs they judge, and how good a score is.
+"""From scores to confidence, and how good scores and labels are.
 
 Everything here is NumPy on the host, over arrays with the runs S in front.
 """
@@ -36,32 +36,6 @@ def fit_logistic(scores: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
     between = (x[y].mean() + x[~y].mean()) / 2
     log_slope, middle = optimize.minimize(loss, [1.0, between], method="Nelder-Mead").x
     return float(middle), float(np.exp(log_slope) / scale)
-
-
-def fit_threshold(scores: np.ndarray, truth: np.ndarray) -> float:
-    """The score at which fit_logistic gives 1/2: a threshold for `scores > threshold`."""
-    return fit_logistic(scores, truth)[0]
-
-
-def fit_halves(scores: np.ndarray, truth: np.ndarray, usable: np.ndarray) -> np.ndarray:
-    """Two thresholds, [2]: for the runs at even places, fitted on those at odd places, and the other way round.
-
-    Args:
-        scores, truth: [S,...].
-        usable: [S] bool; runs that must not be fitted on are left out.
-
-    Returns:
-        Infinity where the other half has no usable run.
-    """
-    place = np.arange(len(scores)) % 2
-    other = [usable & (place != half) for half in (0, 1)]
-    return np.asarray([fit_threshold(scores[runs], truth[runs]) for runs in other])
-
-
-def exceeds(scores: np.ndarray, halves: np.ndarray) -> np.ndarray:
-    """scores [S,...] > the threshold of each run's half, as fit_halves gave them; False for NaN."""
-    thresholds = halves[np.arange(len(scores)) % 2]
-    return scores > thresholds.reshape(-1, *[1] * (scores.ndim - 1))
 
 
 def auroc(scores: np.ndarray, truth: np.ndarray) -> float:

@@ -6,10 +6,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from circuits_jax.circuits.composition import composition_scores
-from circuits_jax.circuits.spectra import eigenvalue_positivity
 from circuits_jax.circuits.token_space import token_ov
 from circuits_jax.circuits.weights import CircuitWeights
-from circuits_jax.heads import effects, nulls, patterns, signatures
+from circuits_jax.heads import effects, patterns, signatures, taxonomy
 from circuits_jax.models.config import TransformerConfig
 from circuits_jax.models.transformer import Params, forward
 from circuits_jax.tasks.batch import Batch
@@ -65,18 +64,14 @@ def from_weights(
     }
 
 
-def from_spectra(config: TransformerConfig, params: Params, key: Array) -> dict[str, Array]:
+def from_spectra(config: TransformerConfig, params: Params) -> dict[str, Array]:
     """Spectra, and the scores that rival from_weights.
 
-    {ov_eigenvalues: complex [L,H,R] of W_E W_OV W_U, copying: [L,H], copying_null: scalar, k_gap, k_frobenius:
-    [L,H,L,H]}; key draws the null of copying.
+    {ov_eigenvalues: complex [L,H,R] of W_E W_OV W_U, k_gap, k_frobenius: [L,H,L,H]}.
     """
     weights = CircuitWeights.from_params(config, params)
-    eigenvalues = token_ov(weights).eigenvalues()
     return {
-        "ov_eigenvalues": eigenvalues,
-        "copying": eigenvalue_positivity(eigenvalues),
-        "copying_null": nulls.copying_threshold(weights, key),
+        "ov_eigenvalues": token_ov(weights).eigenvalues(),
         "k_gap": signatures.k_composition(weights),
         "k_frobenius": composition_scores(weights).k,
     }
@@ -102,7 +97,9 @@ def from_effects(config: TransformerConfig, params: Params, batch: Batch) -> dic
 def everything(
     config: TransformerConfig, params: Params, batch: Batch, looks_back: ArrayLike, n_distractors: float, key: Array
 ) -> dict[str, Array]:
-    """All of the above for one model, and example_patterns [L,H,T,T], its attention on the first sequence.
+    """All of the above for one model, its taxonomy, and example_patterns [L,H,T,T], its attention on one sequence.
+
+    {type_scores, type_z: [2,13,L,H]}: see taxonomy.stacked; key draws its inputs and nulls.
 
     jax.lax.map it over runs, not vmap, to bound the memory.
     """
@@ -111,6 +108,7 @@ def everything(
             "example_patterns": forward(config, params, batch.tokens)[1].patterns[0],
             **from_attention(config, params, batch, looks_back),
             **from_weights(config, params, looks_back, n_distractors),
-            **from_spectra(config, params, key),
+            **from_spectra(config, params),
+            **taxonomy.stacked(*taxonomy.evidence(config, params, jnp.asarray(looks_back), key)),
             **from_effects(config, params, batch),
         }

@@ -30,7 +30,7 @@ class IdealInputs:
             back.
         pointers: [L,T,D] a position as the duplicate-token heads of earlier layers write it, counted alike.
         mixed: [L,T,D] all at once: a token, its position, and what every head of earlier layers would write if it
-            attended to one random row.
+            attended to one random row (without b_V and b_O, which do not depend on it).
         mixed_values: [L,T,D] the same as values read it, without the positions of shortformer.
         raw_size: [L] root mean square length of the mixed rows before a norm.
         embedded_size: [] by what a norm divides the embedded residual; 1 without one.

@@ -13,7 +13,7 @@ from jax.scipy.stats import norm
 from circuits_jax.circuits import orthonormalisation
 from circuits_jax.circuits.linear_algebra import matmul
 from circuits_jax.circuits.low_rank import LowRank
-from circuits_jax.circuits.spectra import copying_score, summarize
+from circuits_jax.circuits.spectra import summarize
 from circuits_jax.circuits.weights import CircuitWeights, per_query_head
 
 ROUNDING = 1e-6  # scores that differ by less than this share of their mean are the same
@@ -164,11 +164,6 @@ def _gaussian_like(matrix: Array, key: Array) -> Array:
     noise = jax.random.normal(key, matrix.shape, matrix.dtype)
     size = lambda x: jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)  # noqa: E731
     return noise * size(matrix) / size(noise)
-
-
-def copying_threshold(weights: CircuitWeights, key: Array, n_draws: int = 32, quantile: float = 0.99) -> Array:
-    """Quantile of copying_score over n_draws L H norm-matched random heads: scalar in [-1, 1]."""
-    return jnp.quantile(draw(copying_score, weights, norm_matched, key, n_draws).draws, quantile)
 
 
 def spectral_null(circuit: LowRank, key: Array, n_draws: int = 32) -> Null:

@@ -12,12 +12,13 @@ from circuits_jax.circuits.linear_algebra import einsum, matmul
 from circuits_jax.circuits.weights import CircuitWeights, per_query_head
 from circuits_jax.heads import nulls, patterns
 from circuits_jax.heads.ideal_inputs import normalized
-from circuits_jax.heads.signatures import double_centred
+from circuits_jax.heads.signatures import additive_diagonal, double_centred
 from circuits_jax.heads.structure import (
     Evidence,
     Scores,
     Structure,
     above_chance_profiles,
+    above_null,
     ov_evidence,
     positional_scores,
     relay_scores,
@@ -121,8 +122,9 @@ def _qk_evidence(
     scores["induction"] = _token_score("induction", *repeats)
     z |= {name: _shuffled_z(name, *repeats) for name in ("duplicate_token", "induction")}
 
-    scores["content"] = content_share(placed, jnp.moveaxis(inputs.placed, 1, 0), int(bos))
-    z["content"] = nulls.z_score(scores["content"], nulls.Null(found.null["content"]))
+    share = content_share(placed, jnp.moveaxis(inputs.placed, 1, 0), int(bos))
+    scores["content"] = above_null(share, found.null["content"])
+    z["content"] = nulls.z_score(share, nulls.Null(found.null["content"]))
     everywhere = jnp.ones(len(queries), bool)
     entropy = jax.vmap(lambda x: patterns.entropy(x, everywhere))(pattern.reshape(-1, *pattern.shape[-2:]))
     scores["diffuse"] = entropy.reshape(pattern.shape[:-2]).mean(1).min(0)
@@ -206,10 +208,8 @@ def content_share(scores: Array, tokens: Array, first: int) -> Array:
     sorted_tokens = jnp.take_along_axis(tokens, order, -1)[0]
     rows = jnp.take_along_axis(scores, order[:, :, None, None, :, None], -2)
     aligned = jnp.take_along_axis(rows, order[:, :, None, None, None, :], -1)
-    other = (sorted_tokens[:, :, None] != sorted_tokens[:, None, :])[None, :, None, None]
-    filled = jnp.where(other, aligned, aligned.mean(-1, where=other, keepdims=True))
-    one, two = double_centred(filled)
-    other = other[0]
+    other = (sorted_tokens[:, :, None] != sorted_tokens[:, None, :])[:, None, None]
+    one, two = double_centred(additive_diagonal(aligned))
     of_tokens = jnp.mean(one * two, (0, -2, -1), where=other)
     total = jnp.mean((jnp.square(one) + jnp.square(two)) / 2, (0, -2, -1), where=other)
     return jnp.maximum(of_tokens, 0.0) / (total + 1.0)

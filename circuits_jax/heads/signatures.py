@@ -114,7 +114,7 @@ def induction(weights: CircuitWeights, queries: Array, n_distractors: float | Ar
 
 
 def matching(scores: Array, n_distractors: float | Array, n_matches: int) -> Array:
-    """Attention of a query to one key that matches it, above chance, in (-1, 1]: 0 for uniform attention, 1 at most.
+    """Attention of a query to one key that matches it, above chance: 0 for uniform attention, 1 at most; n >= 2.
 
     p = mean_u exp(s_uu) / (m exp(s_uu) + N mean_{w != u} exp(s_uw)), returned as (p - c) / (1 - c), c = 1/(m + N).
 
@@ -156,11 +156,23 @@ def double_centred(scores: Array) -> Array:
 
 
 def energy_between_different(scores: Array) -> Array:
-    """Mean square of double-centred [n,n] scores off the diagonal, whose own entries count as their row's mean."""
-    n = len(scores)
-    off = ~jnp.eye(n, dtype=bool)
-    filled = jnp.where(off, scores, scores.mean(-1, where=off, keepdims=True))
-    return jnp.mean(jnp.square(double_centred(filled)), where=off)
+    """Mean square off the diagonal of [n,n] scores less what rows and columns give alone, n >= 3."""
+    off = ~jnp.eye(len(scores), dtype=bool)
+    return jnp.mean(jnp.square(double_centred(additive_diagonal(scores))), where=off)
+
+
+def additive_diagonal(scores: Array) -> Array:
+    """[...,n,n] with the diagonal that rows and columns predict from the rest, n >= 3.
+
+    Least squares of s_uw = m + r_u + c_w over u != w, in closed form: with row and column sums R, C of the rest and
+    its mean m, r_u + c_u = (R_u + C_u - 2 (n - 1) m) / (n - 2). Double-centring then leaves the residuals of that fit.
+    """
+    n = scores.shape[-1]
+    diagonal = jnp.eye(n, dtype=bool)
+    rest = jnp.where(diagonal, 0.0, scores)
+    mean = rest.sum((-2, -1)) / (n * (n - 1))
+    alone = (rest.sum(-1) + rest.sum(-2) - 2 * (n - 1) * mean[..., None]) / (n - 2)
+    return jnp.where(diagonal, (mean[..., None] + alone)[..., None], scores)
 
 
 def _token_noise(weights: CircuitWeights, looks_back: Array) -> Array:

@@ -138,6 +138,7 @@ def qk_evidence(weights: CircuitWeights, inputs: IdealInputs, queries: Array, nu
     mixed = ideal.causal_pattern(ideal.position_scores(weights, inputs.mixed, inputs.mixed))
     scores, offset = _positional_and_content(weights, queries, inputs, inputs)
     z = nulls.z_score(scores, nulls.Null({name: null[name] for name in scores}))
+    scores["content"] = above_null(scores["content"], null["content"])
     entropy = jax.vmap(jax.vmap(lambda pattern: patterns.entropy(pattern, jnp.ones(length, bool))))(mixed)
     scores |= {
         "duplicate_token": _matching(by_token, n_distractors, 2),
@@ -153,6 +154,15 @@ def qk_evidence(weights: CircuitWeights, inputs: IdealInputs, queries: Array, nu
     by_position = ideal.position_scores(weights, inputs.positions, inputs.positions)
     split = {"token_energy": energy(by_token), "position_energy": energy(by_position)}
     return Evidence(scores, z, {"offset": offset, "by_k": by_k, **split})
+
+
+def above_null(share: Array, draws: Array) -> Array:
+    """(share - m) / (1 - m) with m the mean over draws [N,...]: 0 for a random head, 1 at most.
+
+    What share of a random head's score tokens decide hangs on the model's embeddings and positions; this does not.
+    """
+    mean = draws.mean(0)
+    return (share - mean) / (1 - mean)
 
 
 def positional_scores(profile: Array, first: Array) -> tuple[Scores, Array]:

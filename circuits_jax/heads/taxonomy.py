@@ -24,6 +24,7 @@ from circuits_jax.models.config import TransformerConfig
 from circuits_jax.models.head_types import OV_TYPES, QK_TYPES
 from circuits_jax.models.transformer import Params, check_tokens
 
+TYPES = (*QK_TYPES, *OV_TYPES)
 # A type is said only where none of these is: they say more, or the opposite.
 UNLESS: dict[str, tuple[str, ...]] = {
     "content": ("duplicate_token", "induction"),
@@ -93,6 +94,26 @@ def _beaten(p: np.ndarray, rate: float) -> np.ndarray:
 def sides(thresholds: Mapping[str, tuple[Threshold, Threshold]] = THRESHOLDS) -> tuple[dict[str, Threshold], ...]:
     """The thresholds for evidence from weights, and for evidence from activations."""
     return tuple({name: pair[side] for name, pair in thresholds.items()} for side in (0, 1))
+
+
+def stacked(by_weights: Evidence, by_activations: Evidence) -> dict[str, Array]:
+    """{type_scores, type_z: [2,13,L,H]}, weights first, types in the order of TYPES: for programs over many runs."""
+    both = (by_weights, by_activations)
+    pick = lambda kind: jnp.stack([jnp.stack([getattr(x, kind)[name] for name in TYPES]) for x in both])  # noqa: E731
+    return {"type_scores": pick("scores"), "type_z": pick("z")}
+
+
+def judge_stacked(scores: np.ndarray, z: np.ndarray) -> tuple[Findings, Findings]:
+    """judge of what stacked gave, [...,2,13,L,H] with runs in front, by the thresholds of each kind of evidence."""
+
+    def of_side(side: int, thresholds: dict[str, Threshold]) -> Findings:
+        by_score, by_z = (
+            {name: jnp.asarray(x[..., side, i, :, :]) for i, name in enumerate(TYPES)} for x in (scores, z)
+        )
+        return judge(Evidence(by_score, by_z, details={}), thresholds)
+
+    by_weights, by_activations = map(of_side, (0, 1), sides())
+    return by_weights, by_activations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,9 +278,8 @@ def reports(by_weights: Evidence, by_activations: Evidence | None, own: Scores) 
         return Score(value, z, p, confidence, found=bool(findings.found[name][at]))
 
     def report(at: tuple[int, int]) -> HeadReport:
-        names: tuple[str, ...] = (*QK_TYPES, *OV_TYPES)
-        of_head = {name: {kind: score(kind, name, at) for kind in kinds} for name in names}
-        labels = {name: _label(name, of_head[name], _note(name, by_weights, at, n_heads)) for name in names}
+        of_head = {name: {kind: score(kind, name, at) for kind in kinds} for name in TYPES}
+        labels = {name: _label(name, of_head[name], _note(name, by_weights, at, n_heads)) for name in TYPES}
         qk, ov = (tuple(x for name in types if (x := labels[name])) for types in (QK_TYPES, OV_TYPES))
         own_here = {name: float(value[at]) for name, value in own.items()}
         return HeadReport(f"{at[0]}.{at[1]}", qk, ov, of_head, own_here)

@@ -16,6 +16,8 @@ from circuits_jax.circuits.low_rank import LowRank
 from circuits_jax.circuits.spectra import eigenvalue_positivity, energy_curve
 from circuits_jax.circuits.weights import CircuitWeights, per_query_head
 
+ROUNDING = 1e-5  # differences of less than this share of their size are none
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +60,8 @@ def value_scores(values: Array, w_o: Array, w_u: Array) -> ValueScores:
 def map_sharpness(table: Array) -> Array:
     """mean over rows u of max_{w != u} max(A_uw, 0)^2 / sum_w A_uw^2, [...] in [0, 1].
 
-    1 when every token raises one other token and nothing else; 0 for a table of zeros, and for one that only raises
-    each token itself, up to 1/n.
+    1 - 1/n when every token raises one other token and nothing else (logits are relative to their mean); 0 for a table
+    of zeros, and for one that only raises each token itself, up to 1/n.
     """
     n = table.shape[-1]
     others = jnp.where(jnp.eye(n, dtype=bool), 0.0, jnp.maximum(table, 0.0))
@@ -89,7 +91,7 @@ class Matches:
 
 
 def matches(trace: Array, norm: Array, n: int, rank: int) -> Matches:
-    """From the trace and the Frobenius norm of double-centred tables."""
+    """From the trace and the Frobenius norm of double-centred tables [n,n], n >= 2."""
     cosine = _ratio(trace, norm)
     return Matches(cosine=cosine / jnp.sqrt(min(rank, n - 1)), z=cosine * jnp.sqrt(n - 1.0), norm=norm)
 
@@ -152,8 +154,10 @@ def relays(
 
 
 def centred(rows: Array) -> Array:
-    """[...,n,K] less its mean over the n."""
-    return rows - rows.mean(-2, keepdims=True)
+    """[...,n,K] less its mean over the n; exactly zero where rows differ by rounding alone."""
+    less = rows - rows.mean(-2, keepdims=True)
+    squares = lambda x: jnp.square(x).sum((-2, -1), keepdims=True)  # noqa: E731
+    return jnp.where(squares(less) <= ROUNDING**2 * squares(rows), 0.0, less)
 
 
 def _ratio(x: Array, y: Array) -> Array:

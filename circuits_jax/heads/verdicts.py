@@ -1,9 +1,9 @@
 """Which heads are previous-token and induction heads: by weights, by attention, by causal effect, each on its own.
 
-An edge is true when cutting it lowers the receiver's own induction attention by more than THRESHOLD; a sender with
-such an edge is a previous-token head, and a receiver whose edges together do so is an induction head. The same holds
-by weights, with the fall that signatures.induction predicts, in the same unit and at the same threshold: nothing is
-fitted. The thresholds for attention are fitted to the causal truth on one half of the runs and judge the other half.
+By weights and by attention the taxonomy says what a head is; an induction head by weights also has to copy. By
+effect, an edge is true when cutting it lowers the receiver's own induction attention by more than THRESHOLD; a sender
+with such an edge is a previous-token head, and a receiver whose edges together do so is an induction head. Edges by
+weights are held against the same threshold, with the fall that signatures.induction predicts. Nothing is fitted here.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from circuits_jax.heads.calibration import exceeds, fit_halves
+from circuits_jax.heads import taxonomy
 
 Evidence = Mapping[str, np.ndarray]
 """What heads.evidence.everything gives, with the runs S in front; NaN for a run that cannot be judged."""
@@ -22,10 +22,6 @@ KINDS = ("weights", "attention", "effect")
 TYPES = ("previous_token", "induction")
 
 
-Thresholds = Mapping[str, np.ndarray]
-"""Attention thresholds for the runs at even and odd places, [2], by head type."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Verdicts:
     """Verdicts on every head and edge of S runs.
@@ -33,42 +29,29 @@ class Verdicts:
     Attributes:
         heads: {type: {kind of evidence: bool [S,L,H]}}.
         edges: {"weights", "effect": bool [S,L,H,L,H]}, sender first.
+        types: {type: {"weights", "attention": bool [S,L,H]}}, all that the taxonomy says.
     """
 
     heads: dict[str, dict[str, np.ndarray]]
     edges: dict[str, np.ndarray]
+    types: dict[str, dict[str, np.ndarray]]
 
     def agreed(self, head_type: str) -> np.ndarray:
         """Where all three kinds of evidence say so: bool [S,L,H]. Only such a head is reported without a caveat."""
         return np.logical_and.reduce([self.heads[head_type][kind] for kind in KINDS])
 
 
-def fit(evidence: Evidence) -> Thresholds:
-    """Attention thresholds from the runs that were trained to grow the circuit; see calibration.fit_halves."""
-    truth, usable = causal(evidence), sound(evidence)
-    return {name: fit_halves(evidence[f"{name}_attention"], truth[name], usable) for name in TYPES}
-
-
-def judge(evidence: Evidence, thresholds: Thresholds) -> Verdicts:
-    """Verdicts on runs of any kind, those of the fit or controls at the same places."""
+def judge(evidence: Evidence) -> Verdicts:
+    """Verdicts on runs of any kind."""
     truth = causal(evidence)
-    copies = evidence["copying"] > evidence["copying_null"][:, None, None]
-    edges = np.greater(evidence["edge_weights"], THRESHOLD)
-    by_weights = {
-        "previous_token": np.any(edges, axis=(-2, -1)),
-        "induction": np.greater(evidence["induction_weights"], THRESHOLD) & copies,
+    by_weights, by_attention = taxonomy.judge_stacked(evidence["type_scores"], evidence["type_z"])
+    types = {
+        name: {"weights": by_weights.found[name], "attention": by_attention.found[name]} for name in taxonomy.TYPES
     }
-    return Verdicts(
-        heads={
-            name: {
-                "weights": by_weights[name],
-                "attention": exceeds(evidence[f"{name}_attention"], thresholds[name]),
-                "effect": truth[name],
-            }
-            for name in TYPES
-        },
-        edges={"weights": edges, "effect": edge_truth(evidence)},
-    )
+    heads = {name: types[name] | {"effect": truth[name]} for name in TYPES}
+    heads["induction"]["weights"] = types["induction"]["weights"] & types["copying"]["weights"]
+    edges = {"weights": np.greater(evidence["edge_weights"], THRESHOLD), "effect": edge_truth(evidence)}
+    return Verdicts(heads, edges, types)
 
 
 def causal(evidence: Evidence) -> dict[str, np.ndarray]:

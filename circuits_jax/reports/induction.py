@@ -1,15 +1,16 @@
 """The report of the main job: which heads were grown, whether weights, attention and effects agree, and the figures."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import xarray
 
-from circuits_jax.heads import calibration, verdicts
+from circuits_jax.heads import calibration, taxonomy, verdicts
 from circuits_jax.heads.calibration import bootstrap_interval, proportion_interval
 from circuits_jax.heads.verdicts import K_INPUT, KINDS, TYPES, Verdicts
+from circuits_jax.models.head_types import OV_TYPES, QK_TYPES
 from circuits_jax.reports import page, plots, results
 from circuits_jax.reports.run_folder import Figure, figure_table
 from circuits_jax.training.formation import formation_step
@@ -21,10 +22,10 @@ READING = f"""
 Heads are named layer.head@step, the step at which the head's own attention first reached {FORMED}; one list where
 weights, attention and effect agree. Reached: the step at which accuracy did. By effect, an edge is one whose cut
 lowers the receiver's own induction attention by more than {verdicts.THRESHOLD}, a number fixed before on other
-runs; by weights, one whose predicted fall is larger than the same number, so nothing is fitted. The thresholds for
-attention are fitted on the other half of the seeds. Where the three disagree, the usual reason is redundancy: of
-several previous-token heads none is needed alone. What weights establish is what inputs of the right kind would
-make a head do; only the effect says what it does on the task.
+runs; by weights, one whose predicted fall is larger than the same number. What a head is by weights and by attention
+the taxonomy says, with thresholds calibrated on planted heads (heads/thresholds.py); by effect, what its edges do.
+Where the three disagree, the usual reason is redundancy: of several previous-token heads none is needed alone. What
+weights establish is what inputs of the right kind would make a head do; only the effect says what it does on the task.
 """
 
 
@@ -166,8 +167,6 @@ def notes(outcomes: Mapping[str, Outcome]) -> list[str]:
         for name, outcome in outcomes.items()
         if outcome.run.diverged.any()
     ]
-    if verdicts.sound(outcomes["repeats"].evidence).sum() < 2:
-        said.append("fewer than two sound runs: nothing to fit thresholds for attention on, so it names no heads")
     return said
 
 
@@ -190,6 +189,26 @@ def verdict_table(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def head_table(outcome: Outcome, run: int) -> tuple[list[str], list[list[str]]]:
+    """Header and rows, one for each head of one run: what the taxonomy says that it is."""
+    types = outcome.verdicts.types
+    n_layers, n_heads = types["diffuse"]["weights"].shape[1:]
+
+    def said(names: Sequence[str], at: tuple[int, int, int]) -> str:
+        return " + ".join(label for name in names if (label := _said(types[name], name, at))) or "undetermined"
+
+    places = [(run, layer, head) for layer in range(n_layers) for head in range(n_heads)]
+    rows = [[f"{at[1]}.{at[2]}", said(QK_TYPES, at), said(OV_TYPES, at)] for at in places]
+    return ["head", "where it looks", "what it moves"], rows
+
+
+def _said(by_kind: Mapping[str, np.ndarray], name: str, at: tuple[int, int, int]) -> str:
+    weights, attention = (bool(by_kind[kind][at]) for kind in ("weights", "attention"))
+    if weights and attention:
+        return name
+    return f"{name} [{'weights' if weights else 'attention'} only]" if weights or attention else ""
+
+
 def _step(step: float) -> str:
     return f"{step:.0f}" if np.isfinite(step) else "never"
 
@@ -209,7 +228,7 @@ def datasets(outcomes: Mapping[str, Outcome], settings: Mapping[str, Any]) -> di
     """Everything measured, labelled, one data set for each kind of run."""
     heads, edges = ("run", "layer", "head"), ("run", "sender_layer", "sender_head", "layer", "head")
     shapes = {
-        "copying_null": ("run",),
+        **dict.fromkeys(("type_scores", "type_z"), ("run", "kind", "type", "layer", "head")),
         "ov_eigenvalues": (*heads, "rank"),
         "example_patterns": (*heads, "query", "key"),
         **dict.fromkeys(("edge_weights", "k_gap", "k_frobenius", "ablation_effect"), edges),
@@ -230,9 +249,14 @@ def datasets(outcomes: Mapping[str, Outcome], settings: Mapping[str, Any]) -> di
         for head_type, by_kind in outcome.verdicts.heads.items():
             for kind, value in by_kind.items():
                 arrays[f"{head_type}_verdict_{kind}"], dims[f"{head_type}_verdict_{kind}"] = value, heads
+        kinds = ("weights", "attention")
+        arrays["type_verdict"] = np.stack(
+            [np.stack([outcome.verdicts.types[name][kind] for name in taxonomy.TYPES], 1) for kind in kinds], 1
+        )
+        dims["type_verdict"] = shapes["type_scores"]
         for kind, value in outcome.verdicts.edges.items():
             arrays[f"edge_verdict_{kind}"], dims[f"edge_verdict_{kind}"] = value, edges
-        coords = {"run": outcome.seeds, "step": outcome.run.steps}
+        coords = {"run": outcome.seeds, "step": outcome.run.steps, "kind": list(kinds), "type": list(taxonomy.TYPES)}
         out[name] = results.dataset(arrays, dims, coords, settings)
     return out
 
@@ -314,5 +338,6 @@ def _pair(main: Outcome, tokens: np.ndarray) -> tuple[str, list[str]]:
         {name: main.evidence["ov_eigenvalues"][head] for name, head in pair.items()},
         "Eigenvalues of W_E W_OV W_U: to the right is copying",
     )
+    labels = page.table(*head_table(main, run))
     heading = f"A recovered pair: {layer}.{sender} to {to_layer}.{receiver} of seed {main.seeds[run]}"
-    return heading, [page.figure(drawn) for drawn in (composition, patterns, spectrum)]
+    return heading, [*(page.figure(drawn) for drawn in (composition, patterns, spectrum)), labels]

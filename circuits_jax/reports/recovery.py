@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import xarray
 
-from circuits_jax.heads import calibration, taxonomy
+from circuits_jax.heads import calibration, nulls, taxonomy
 from circuits_jax.heads.calibration import bootstrap_interval, proportion_interval
 from circuits_jax.heads.structure import Evidence
+from circuits_jax.heads.thresholds import RATE
 from circuits_jax.models.head_types import OV_TYPES, QK_TYPES
 from circuits_jax.models.planted_recipes import SENDERS, PlantedHead, Recipe
 from circuits_jax.reports import page, plots, results
@@ -201,7 +202,12 @@ def _truth(part: Looked, prefix: str) -> dict[str, np.ndarray]:
 
 
 def fitted(looked: Sequence[Looked]) -> dict[str, tuple[tuple[float, float], tuple[float, float]]]:
-    """(middle, slope) for each type and kind of evidence, from heads on which the type is not said by another label."""
+    """(middle, slope) for each type and kind of evidence.
+
+    A head that does not beat its null counts with a score of 0, because it gets no label whatever its score. Left out
+    are heads on which another label says it already, and, at any noise, heads whose inputs were to be erased: noise
+    brings back some of them, and nobody knows how much.
+    """
     out = {}
     for name in TYPES:
         fits = []
@@ -209,13 +215,14 @@ def fitted(looked: Sequence[Looked]) -> dict[str, tuple[tuple[float, float], tup
             scores, truths = [], []
             for part in looked:
                 truth = _truth(part, prefix)
-                counts = ~np.logical_or.reduce(
-                    [truth[other] for other in taxonomy.UNLESS.get(name, ()) if name != "diffuse"]
-                    or [np.zeros_like(truth[name])]
-                )
+                said = [truth[other] for other in taxonomy.UNLESS.get(name, ()) if name != "diffuse"]
+                other_truth = _truth(part, "realised_")
+                counts = ~np.logical_or.reduce([*said, *(_truth(part, "")[n] != other_truth[n] for n in TYPES)])
                 if part.kind != "planted" and name in MEASURED:
                     continue
-                score = np.nan_to_num(part.arrays[f"{side}/scores/{name}"].ravel(), nan=-1.0)
+                score, z = (np.nan_to_num(part.arrays[f"{side}/{kind}/{name}"].ravel()) for kind in ("scores", "z"))
+                beaten = np.asarray(nulls.upper_p(jnp.asarray(z))) < RATE
+                score = np.where(beaten, score, 0.0)
                 scores.append(score[counts])
                 truths.append(truth[name][counts])
             fits.append(calibration.fit_logistic(np.concatenate(scores), np.concatenate(truths)))

@@ -33,10 +33,16 @@ def dataset(
         if name not in dims or len(dims[name]) != np.ndim(array):
             raise ValueError(f"dims[{name!r}] must name {np.ndim(array)} axes; got {dims.get(name)}")
     return xarray.Dataset(
-        {name: (dims[name], np.asarray(array)) for name, array in arrays.items()},
-        coords=dict(coords),
+        {name: (dims[name], _plain(array)) for name, array in arrays.items()},
+        coords={name: _plain(labels) for name, labels in coords.items()},
         attrs={"settings": json.dumps(dict(settings)), "provenance": json.dumps(provenance())},
     )
+
+
+def _plain(array: Any) -> np.ndarray:
+    """A NumPy array; text of any length, for which zarr has a specification, unlike text of a fixed one."""
+    array = np.asarray(array)
+    return array.astype(object) if array.dtype.kind == "U" else array
 
 
 def save(path: Path, groups: Mapping[str, xarray.Dataset]) -> None:
