@@ -10,7 +10,7 @@ from jax import Array
 
 from circuits_jax.circuits.linear_algebra import einsum, matmul
 from circuits_jax.circuits.weights import CircuitWeights, per_query_head
-from circuits_jax.heads import nulls, patterns
+from circuits_jax.heads import patterns
 from circuits_jax.heads.ideal_inputs import normalized
 from circuits_jax.heads.signatures import additive_diagonal, double_centred
 from circuits_jax.heads.structure import (
@@ -18,7 +18,7 @@ from circuits_jax.heads.structure import (
     Scores,
     Structure,
     above_chance_profiles,
-    above_null,
+    against,
     ov_evidence,
     positional_scores,
     relay_scores,
@@ -123,8 +123,8 @@ def _qk_evidence(
     z |= {name: _shuffled_z(name, *repeats) for name in ("duplicate_token", "induction")}
 
     share = content_share(placed, jnp.moveaxis(inputs.placed, 1, 0), int(bos))
-    scores["content"] = above_null(share, found.null["content"])
-    z["content"] = nulls.z_score(share, nulls.Null(found.null["content"]))
+    scores["content"] = share - found.null["content"].mean(0)
+    z["content"] = against(share, found.null["content"])
     everywhere = jnp.ones(len(queries), bool)
     entropy = jax.vmap(lambda x: patterns.entropy(x, everywhere))(pattern.reshape(-1, *pattern.shape[-2:]))
     scores["diffuse"] = entropy.reshape(pattern.shape[:-2]).mean(1).min(0)

@@ -138,7 +138,7 @@ def content(tokens: Array, positions: Array, cross: Array) -> Array:
     E_tokens / (E_tokens + E_positions + E_cross + 1). Energies are mean squares of double-centred scores in logits, of
     which the 1 is the unit: where scores differ by less, softmax hardly sees it. Pairs of the same token do not count
     (they are duplicate_token's), so a head that matches tokens with themselves scores about 0. A random head has
-    whatever share the sizes of embeddings and positions give it, so read it against its rotations.
+    whatever share the sizes of embeddings and positions give it, so the taxonomy takes the share of its rotations off.
 
     Args:
         tokens: [n,n] scores between tokens.

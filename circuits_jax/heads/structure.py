@@ -74,7 +74,7 @@ class Structure:
 
 
 def structure(
-    weights: CircuitWeights, queries: Array, key: Array, n_tokens: int = 64, n_draws: int = 64, bos: int | None = None
+    weights: CircuitWeights, queries: Array, key: Array, n_tokens: int = 64, n_draws: int = 256, bos: int | None = None
 ) -> Structure:
     """Asks every head about every type.
 
@@ -137,8 +137,8 @@ def qk_evidence(weights: CircuitWeights, inputs: IdealInputs, queries: Array, nu
     by_k = through_k >= through_q
     mixed = ideal.causal_pattern(ideal.position_scores(weights, inputs.mixed, inputs.mixed))
     scores, offset = _positional_and_content(weights, queries, inputs, inputs)
-    z = nulls.z_score(scores, nulls.Null({name: null[name] for name in scores}))
-    scores["content"] = above_null(scores["content"], null["content"])
+    z = {name: against(score, null[name]) for name, score in scores.items()}
+    scores["content"] = scores["content"] - null["content"].mean(0)
     entropy = jax.vmap(jax.vmap(lambda pattern: patterns.entropy(pattern, jnp.ones(length, bool))))(mixed)
     scores |= {
         "duplicate_token": _matching(by_token, n_distractors, 2),
@@ -156,13 +156,17 @@ def qk_evidence(weights: CircuitWeights, inputs: IdealInputs, queries: Array, nu
     return Evidence(scores, z, {"offset": offset, "by_k": by_k, **split})
 
 
-def above_null(share: Array, draws: Array) -> Array:
-    """(share - m) / (1 - m) with m the mean over draws [N,...]: 0 for a random head, 1 at most.
+def against(score: Array, draws: Array) -> Array:
+    """z of a score against N draws [N,...], by their mean and deviation; by rank where draws reach the score.
 
-    What share of a random head's score tokens decide hangs on the model's embeddings and positions; this does not.
+    A null with a long tail (all keys are somebody's favourite now and then, position 0 too) has draws far beyond what
+    its deviation suggests. Where n of N are at least as large as the score, z is at most that of p = (n + 1) / (N + 2).
     """
-    mean = draws.mean(0)
-    return (share - mean) / (1 - mean)
+    z = nulls.z_score(score, nulls.Null(draws))
+    draws = draws.reshape(len(draws), *(1,) * (score.ndim + 1 - draws.ndim), *draws.shape[1:])
+    reached = jnp.sum(draws >= score, 0)
+    by_rank = norm.isf((reached + 1) / (len(draws) + 2))
+    return jnp.where(reached > 0, jnp.minimum(z, by_rank), z)
 
 
 def positional_scores(profile: Array, first: Array) -> tuple[Scores, Array]:
@@ -266,7 +270,6 @@ def ov_evidence(
         -1 where transforming rests on the head's own logits; reading_path: 0, 1, 2 for its q, k, v; size.
     """
     scored = jax.tree.map(lambda x: x * reliability, value_scores(moved, weights.W_O, weights.W_U))
-    against = lambda name, x: nulls.z_score(x, nulls.Null(null[name]))  # noqa: E731
     match_z = token_match(moved, weights.W_O, weights.W_U).z * reliability
     relay, relay_z, path, reader = _best_relay(sent_on)
     by_relay = relay > scored.mapping
@@ -282,8 +285,8 @@ def ov_evidence(
         z={
             "copying": match_z,
             "suppressing": -match_z,
-            "transforming": jnp.where(by_relay, relay_z, against("mapping", scored.mapping)),
-            "extracting": against("extracting", scored.extracting),
+            "transforming": jnp.where(by_relay, relay_z, against(scored.mapping, null["mapping"])),
+            "extracting": against(scored.extracting, null["extracting"]),
             "inactive": endless,
         },
         details={"reader": jnp.where(by_relay, reader, -1), "reading_path": path, "size": size},

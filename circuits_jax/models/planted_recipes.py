@@ -231,7 +231,7 @@ def recipes(positions: PlantedPositions, norm: Norm = "none") -> dict[str, Recip
     "basic": every QK type that works alone in both layers, OV types in turn. "k_induction": previous-token senders
     (one of them a backup) and induction heads by K-composition. "q_induction": duplicate-token senders of pointers and
     induction by Q-composition; only where values carry positions (learned, sinusoidal). "virtual": copying by
-    V-composition. "decoys": heads whose inputs were erased, dormant, rotated and junk heads.
+    V-composition, and huge-norm junk. "decoys": heads whose inputs were erased, dormant and rotated heads.
     """
     models = {"basic": _basic(), "k_induction": _k_induction(), "virtual": _virtual(), "decoys": _decoys()}
     if positions in ("learned", "sinusoidal"):
@@ -325,8 +325,8 @@ def _virtual() -> Layers:
         PlantedHead("previous_token", "rotated"),
         PlantedHead("duplicate_token", "copying"),
         PlantedHead("content", "transforming"),
-        PlantedHead("first_token", "inactive"),
-        PlantedHead("diffuse", "extracting"),
+        PlantedHead("junk", "inactive"),
+        PlantedHead("junk", "rotated"),
     )
     return first, second
 
@@ -349,8 +349,8 @@ def _decoys() -> Layers:
         PlantedHead("duplicate_token", "extracting"),
         PlantedHead("previous_token", "suppressing"),
         PlantedHead("previous_token", "rotated"),
-        PlantedHead("junk", "inactive"),
-        PlantedHead("junk", "rotated"),
+        PlantedHead("first_token", "extracting"),
+        PlantedHead("content", "suppressing"),
         PlantedHead("first_token", "copying", qk_gain=asleep, ov_gain=asleep),
     )
     return first, second
