@@ -242,8 +242,8 @@ TABLE = {
         (ATTENTION, QUERIES, array(L, H, dtype=np.int32)),
     ),
     "realisation.content_share": (
-        lambda scores, tokens: realisation.content_share(scores, tokens, 1),
-        (array(2, B, L, H, T, T), array(2, B, T, dtype=np.int32)),
+        lambda scores, tokens, ids: realisation.content_share(scores, tokens, ids, 1),
+        (array(2, B, L, H, T, T), array(2, B, T, dtype=np.int32), array(V, dtype=np.int32)),
     ),
     "realisation.agreement": (realisation.agreement, (HEAD[0], HEAD[0], HEAD[1])),
     "realisation.mean_values": (

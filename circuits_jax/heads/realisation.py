@@ -122,7 +122,7 @@ def _qk_evidence(
     scores["induction"] = _token_score("induction", *repeats)
     z |= {name: _shuffled_z(name, *repeats) for name in ("duplicate_token", "induction")}
 
-    share = content_share(placed, jnp.moveaxis(inputs.placed, 1, 0), int(bos))
+    share = content_share(placed, jnp.moveaxis(inputs.placed, 1, 0), found.ids, int(bos))
     scores["content"] = share - found.null["content"].mean(0)
     z["content"] = against(share, found.null["content"])
     everywhere = jnp.ones(len(queries), bool)
@@ -191,7 +191,7 @@ def _on_targets(name: str, pattern: Array, tokens: Array) -> Array:
     return jnp.sum(hit * counts, -1) / jnp.maximum(counts.sum(-1), 1)
 
 
-def content_share(scores: Array, tokens: Array, first: int) -> Array:
+def content_share(scores: Array, tokens: Array, ids: Array, first: int) -> Array:
     """signatures.content of real scores, [L,H] in [0, 1).
 
     The same tokens stand in two orders. Of double-centred scores, what is the same for the same two tokens wherever
@@ -200,15 +200,16 @@ def content_share(scores: Array, tokens: Array, first: int) -> Array:
 
     Args:
         scores: [2,B,L,H,T,T] before softmax.
-        tokens: [2,B,T].
+        tokens: [2,B,T], distinct, or each of the ids where there are fewer than T of them; then one place of each.
+        ids: [n] that tokens come from.
         first: the first position that counts.
     """
     scores, tokens = scores[..., first:, first:], tokens[..., first:]
-    order = jnp.argsort(tokens, -1)
-    sorted_tokens = jnp.take_along_axis(tokens, order, -1)[0]
+    few = len(ids) < tokens.shape[-1]
+    order = jnp.argmax(tokens[..., None] == ids, 2) if few else jnp.argsort(tokens, -1)
     rows = jnp.take_along_axis(scores, order[:, :, None, None, :, None], -2)
     aligned = jnp.take_along_axis(rows, order[:, :, None, None, None, :], -1)
-    other = (sorted_tokens[:, :, None] != sorted_tokens[:, None, :])[:, None, None]
+    other = ~jnp.eye(order.shape[-1], dtype=bool)
     one, two = double_centred(additive_diagonal(aligned))
     of_tokens = jnp.mean(one * two, (0, -2, -1), where=other)
     total = jnp.mean((jnp.square(one) + jnp.square(two)) / 2, (0, -2, -1), where=other)

@@ -29,6 +29,7 @@ from circuits_jax.heads.value_scores import (
 )
 
 FEWEST_QUERIES = 4  # that make a rule of an offset and not an accident
+SOURCE_MARGIN = 1.25  # by which what a sender brings has to exceed what the embedding does
 N_OFFSETS = 4  # of rotary positions, at which tokens are scored to see what tokens and positions decide together
 Scores = dict[str, Array]
 
@@ -321,7 +322,8 @@ def _best_relay(sent_on: Relays) -> tuple[Array, Array, Array, Array]:
 def _source(through: Array, direct: Array) -> Array:
     """Flat place of the earlier head through which a head gets the tokens that it moves; -1: from the embedding.
 
-    Whichever makes the larger logit table.
+    Whichever makes the larger logit table, with a margin, because a head that turns what it copies around makes a
+    virtual head as strong as the direct one.
 
     Args:
         through: [L,H,L,H] norm of the table of a virtual head.
@@ -329,7 +331,7 @@ def _source(through: Array, direct: Array) -> Array:
     """
     n_layers, n_heads = direct.shape
     through = through.reshape(n_layers * n_heads, n_layers, n_heads)
-    return jnp.where(through.max(0) > direct, through.argmax(0), -1)
+    return jnp.where(through.max(0) > SOURCE_MARGIN * direct, through.argmax(0), -1)
 
 
 def _through(weights: CircuitWeights, inputs: IdealInputs, token_values: Array, source: Array) -> Array:

@@ -205,10 +205,9 @@ def classify_heads(
         ValueError: a model, queries or tokens that cannot be judged.
     """
     queries, bos, key = _checked(config, queries, bos, key)
+    batch = None if tokens is None else jnp.atleast_2d(check_tokens(config, tokens))
     by_weights, by_activations = _evidence(config, params, queries, key, bos)
-    own = (
-        {} if tokens is None else on_own_batch(config, params, check_tokens(config, np.atleast_2d(np.asarray(tokens))))
-    )
+    own = {} if batch is None else on_own_batch(config, params, batch)
     return reports(by_weights, by_activations, own)
 
 

@@ -5,6 +5,7 @@ over tokens: what does not depend on the token carries nothing about it. Logits 
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -37,14 +38,17 @@ class ValueScores:
 
 
 def logit_circuit(values: Array, w_o: Array, w_u: Array) -> LowRank:
-    """What each token does to each logit, both relative to their mean: [...,n,n] of rank K.
+    """What each token does to each logit, both relative to their mean: [...,n,n] of rank K; 0 where all is rounding.
 
     Args:
         values: [...,n,K].
         w_o: [...,K,D].
         w_u: [D,n].
     """
-    return LowRank(centred(values), matmul(w_o, w_u - w_u.mean(-1, keepdims=True)))
+    tokens, logits = centred(values), w_u - w_u.mean(-1, keepdims=True)
+    right = matmul(w_o, logits)
+    size = jnp.sqrt(einsum("...jk,...kj->...", matmul(tokens.mT, tokens), matmul(right, right.mT)))
+    return LowRank(tokens, jnp.where(_rounding(size, tokens, w_o, logits)[..., None, None], 0.0, right))
 
 
 def value_scores(values: Array, w_o: Array, w_u: Array) -> ValueScores:
@@ -148,7 +152,9 @@ def relays(
         square = einsum(
             "abkj,abkj->ab", einsum("aik,abkj->abij", grams[0], core), einsum("abij,bjk->abik", core, grams[1])
         )
-        return matches(trace, jnp.sqrt(jnp.maximum(square, 0.0)), *left.shape[-2:])
+        norm = jnp.sqrt(jnp.maximum(square, 0.0))
+        nothing = _rounding(norm, left[:, None], w_o[:, None], w_in, right)
+        return matches(jnp.where(nothing, 0.0, trace), jnp.where(nothing, 0.0, norm), *left.shape[-2:])
 
     return over_layer_pairs(len(weights.W_Q), reads, measure)
 
@@ -158,6 +164,12 @@ def centred(rows: Array) -> Array:
     less = rows - rows.mean(-2, keepdims=True)
     squares = lambda x: jnp.square(x).sum((-2, -1), keepdims=True)  # noqa: E731
     return jnp.where(squares(less) <= ROUNDING**2 * squares(rows), 0.0, less)
+
+
+def _rounding(norm: Array, *factors: Array) -> Array:
+    """Whether the norm [...] of a product is what rounding leaves of factors [...,M,N] that have nothing in common."""
+    sizes = [jnp.linalg.norm(factor, axis=(-2, -1)) for factor in factors]
+    return norm <= ROUNDING * math.prod(sizes)
 
 
 def _ratio(x: Array, y: Array) -> Array:
