@@ -185,6 +185,8 @@ TABLE = {
     "patterns.induction": (patterns.induction, (PATTERN, TOKENS, QUERIES)),
     "patterns.entropy": (patterns.entropy, (PATTERN, QUERIES)),
     "patterns.earlier_copies": (patterns.earlier_copies, (TOKENS,)),
+    "signatures.additive_diagonal": (signatures.additive_diagonal, (array(L, V, V),)),
+    "structure.against": (structure.against, (array(L, H), array(5, L, H))),
     "signatures.previous_token": (signatures.previous_token, (WEIGHTS, QUERIES)),
     "signatures.position_pattern": (lambda weights: signatures.position_pattern(weights, T), (ROTARY,)),
     "signatures.matching": (lambda scores, n: signatures.matching(scores, n, 2), (array(V, V), array())),

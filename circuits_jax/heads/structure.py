@@ -140,6 +140,8 @@ def qk_evidence(weights: CircuitWeights, inputs: IdealInputs, queries: Array, nu
     scores, offset = _positional_and_content(weights, queries, inputs, inputs)
     z = {name: against(score, null[name]) for name, score in scores.items()}
     scores["content"] = scores["content"] - null["content"].mean(0)
+    # Whatever the tokens: among mean tokens all queries of a token head share one favourite key, by chance the first.
+    scores["first_token"] = jnp.minimum(scores["first_token"], above_chance_profiles(mixed, queries)[1])
     entropy = jax.vmap(jax.vmap(lambda pattern: patterns.entropy(pattern, jnp.ones(length, bool))))(mixed)
     scores |= {
         "duplicate_token": _matching(by_token, n_distractors, 2),
