@@ -61,9 +61,9 @@ RANDOM_GAINS = (1.0, 3.0, 10.0)  # times fan-in weights: from diffuse heads to s
 class Settings:
     """What to plant; the defaults are the benchmark."""
 
-    models: int = 3
+    models: int = 2
     """Planted models of each recipe, architecture and noise level; 16 heads each."""
-    noise: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+    noise: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
     """Noise levels: noise energy over signal energy in the subspace that a head uses."""
     random_heads: int = 12000
     """Heads with random weights."""
@@ -220,7 +220,7 @@ def prepare(settings: Settings) -> tuple[Settings, Path]:
     """Raises ValueError for settings that make no sense."""
     if settings.smoke:
         settings = dataclasses.replace(
-            settings, models=1, noise=settings.noise[:4], random_heads=min(settings.random_heads, 64),
+            settings, models=1, noise=(0.0, 1.0), random_heads=min(settings.random_heads, 64),
             trained_heads=min(settings.trained_heads, 16), steps=min(settings.steps, 20),
         )  # fmt: skip
     for name in ("models", "random_heads", "trained_heads", "steps"):
