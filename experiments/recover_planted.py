@@ -45,7 +45,7 @@ from circuits_jax.models.config import Norm, TransformerConfig
 from circuits_jax.models.planted import plant
 from circuits_jax.models.planted_recipes import PlantedPositions, Recipe, recipes
 from circuits_jax.models.transformer import Params, init_params
-from circuits_jax.reports import page, recovery, results, run_folder
+from circuits_jax.reports import page, recovered, recovery, results, run_folder
 from circuits_jax.tasks.repeated_tokens import RepeatedTokens
 from circuits_jax.training import devices
 from circuits_jax.training.sweep import sweep
@@ -139,8 +139,8 @@ def make_planted(recipe: Recipe, key: Array, noise: tuple[float, ...], n_models:
     levels = np.repeat(noise, n_models)
     many = jax.jit(jax.vmap(partial(plant, recipe)), compiler_options=devices.quick_compilation())
     planted = many(keys, jnp.asarray(levels, jnp.float32))
-    truth = {name: np.asarray(getattr(planted.truth, name)) for name in recovery.TRUTH}
-    return planted.params, truth | {"noise": levels, "roles": np.asarray(recovery.roles(recipe, truth["place"]))}
+    truth = {name: np.asarray(getattr(planted.truth, name)) for name in recovered.TRUTH}
+    return planted.params, truth | {"noise": levels, "roles": np.asarray(recovered.roles(recipe, truth["place"]))}
 
 
 def make_random(config: TransformerConfig, key: Array, n_models: int) -> tuple[Params, dict[str, Any]]:
@@ -197,11 +197,11 @@ def analysis(config: TransformerConfig, bos: int | None) -> Callable[..., Any]:
     return jax.jit(mapped, compiler_options=devices.quick_compilation())
 
 
-def look(part: Part, folder: Path) -> recovery.Looked:
+def look(part: Part, folder: Path) -> recovered.Looked:
     """The evidence on all models of a part; from its file, where a run before got that far."""
     path = folder / "parts" / f"{part.name}.npz"
     if path.exists():
-        return recovery.Looked(part.kind, part.labels, recovery.load(path))
+        return recovered.Looked(part.kind, part.labels, recovered.load(path))
     params, kept = part.make()
     n_models = len(kept["noise"])
     keys = jax.random.split(jax.random.key(n_models), n_models)
@@ -211,9 +211,9 @@ def look(part: Part, folder: Path) -> recovery.Looked:
         rows = np.minimum(np.arange(first, first + AT_ONCE), n_models - 1)
         some = analysis(part.config, part.bos)(*jax.tree.map(lambda x, rows=rows: x[rows], (params, keys)))
         found.append(jax.tree.map(lambda x, n=n_models - first: np.asarray(x)[:n], some))
-    arrays = recovery.flat(jax.tree.map(lambda *x: np.concatenate(x), *found)) | kept
-    recovery.save(path, arrays)
-    return recovery.Looked(part.kind, part.labels, arrays)
+    arrays = recovered.flat(jax.tree.map(lambda *x: np.concatenate(x), *found)) | kept
+    recovered.save(path, arrays)
+    return recovered.Looked(part.kind, part.labels, arrays)
 
 
 def prepare(settings: Settings) -> tuple[Settings, Path]:
@@ -255,9 +255,9 @@ def main(plan: tuple[Settings, Path]) -> None:
             looked.append(result)
             progress.update(bar, advance=1)
     if settings.calibrate:
-        console.print(recovery.fitted_source(looked), soft_wrap=True, markup=False, highlight=False)
+        console.print(recovered.fitted_source(looked), soft_wrap=True, markup=False, highlight=False)
         return
-    heads = recovery.judged(looked)
+    heads = recovered.judged(looked)
     figures = recovery.figures(heads)
     results.save(folder / "results.zarr", {"heads": recovery.dataset(heads, kept)})
     run_folder.write_summary(folder, figures)

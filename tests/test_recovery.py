@@ -5,9 +5,9 @@ import pytest
 
 from circuits_jax.heads import taxonomy
 from circuits_jax.models.planted_recipes import PlantedHead, Recipe, recipes
-from circuits_jax.reports import recovery, results
+from circuits_jax.reports import recovered, recovery, results
 
-TYPES, QK, OV = recovery.TYPES, taxonomy.QK_TYPES, taxonomy.OV_TYPES
+TYPES, QK, OV = taxonomy.TYPES, taxonomy.QK_TYPES, taxonomy.OV_TYPES
 SHAPE = (20, 2, 4)  # models, layers, heads
 
 
@@ -30,12 +30,12 @@ def made_up(kind="planted", noise=(0.0, 1.0), seed=0):
         "roles": np.where(np.arange(SHAPE[2]) == 0, "junk", "plain") + np.zeros(SHAPE, "U1"),
     }  # fmt: skip
     arrays |= truth | {f"realised_{name}": value for name, value in truth.items()}
-    for side in recovery.SIDES:
+    for side in recovered.SIDES:
         for name, here in of_type.items():
             arrays[f"{side}/scores/{name}"] = np.where(here, high[name], 0.0)
             arrays[f"{side}/z/{name}"] = np.where(here, 50.0, 0.0)
     labels = {"positions": "learned", "norm": "none", "recipe": kind}
-    return recovery.Looked(kind, labels, arrays)
+    return recovered.Looked(kind, labels, arrays)
 
 
 def everything():
@@ -43,7 +43,7 @@ def everything():
 
 
 def test_perfect_labels_have_perfect_figures():
-    heads = recovery.judged(everything())
+    heads = recovered.judged(everything())
     assert len(heads.noise) == 3 * np.prod(SHAPE)
     assert set(heads.model) == set(range(60))
     figures = recovery.figures(heads)
@@ -65,21 +65,21 @@ def test_perfect_labels_have_perfect_figures():
 
 def test_a_false_label_in_a_random_head_is_counted():
     looked = everything()
-    for side in recovery.SIDES:
+    for side in recovered.SIDES:
         looked[1].arrays[f"{side}/scores/copying"][0, 0, 0] = 1.0
         looked[1].arrays[f"{side}/z/copying"][0, 0, 0] = 50.0
-    figures = recovery.figures(recovery.judged(looked))
+    figures = recovery.figures(recovered.judged(looked))
     assert figures["random_false_rate"].value == pytest.approx(1 / np.prod(SHAPE))
     assert "(copying)" in figures["random_false_rate"].text
 
 
 def test_a_diffuse_label_counts_as_false_only_where_attention_is_not():
     looked = everything()
-    for side in recovery.SIDES:
+    for side in recovered.SIDES:
         looked[1].arrays[f"{side}/scores/diffuse"][0] = 1.0
         looked[1].arrays[f"{side}/z/diffuse"][0] = np.inf
     looked[1].arrays["own/diffuse"][0, 0] = 0.99
-    heads = recovery.judged(looked)
+    heads = recovered.judged(looked)
     assert recovery.figures(heads)["random_false_rate"].value == pytest.approx(4 / np.prod(SHAPE))
 
 
@@ -88,7 +88,7 @@ def test_a_missed_type_costs_recall_and_a_wrong_one_precision():
     arrays = looked[0].arrays
     at = tuple(np.argwhere(arrays["qk"][..., QK.index("content")])[0])
     arrays["activations/scores/content"][at] = 0.0  # weights alone still say so
-    heads = recovery.judged(looked)
+    heads = recovered.judged(looked)
     n = int(arrays["qk"][..., QK.index("content")].sum())
     figures = recovery.figures(heads)
     assert figures["clean_recall"].value == pytest.approx(1 - 1 / n)
@@ -96,23 +96,23 @@ def test_a_missed_type_costs_recall_and_a_wrong_one_precision():
     assert figures["disagreements"].value == pytest.approx(1 - 1 / np.prod(SHAPE))
     arrays["activations/scores/previous_token"][at] = arrays["weights/scores/previous_token"][at] = 1.0
     arrays["activations/z/previous_token"][at] = arrays["weights/z/previous_token"][at] = 50.0
-    figures = recovery.figures(recovery.judged(looked))
+    figures = recovery.figures(recovered.judged(looked))
     assert figures["clean_precision"].value < 1.0
     assert figures["confident_wrong"].value == pytest.approx(1 / (2 * np.prod(SHAPE)))
 
 
 def test_confusion_rows_say_where_each_truth_goes():
-    heads = recovery.judged([made_up()])
+    heads = recovered.judged([made_up()])
     np.testing.assert_array_equal(recovery.confusion(heads, QK)[:-1, :-1], np.eye(len(QK)))
     assert not recovery.confusion(heads, QK)[:-1, -1].any()
 
 
 def test_thresholds_lie_between_planted_scores_and_those_without():
-    fits = recovery.fitted(everything())
+    fits = recovered.fitted(everything())
     for name, ((middle, slope), _) in fits.items():
         assert 0 < middle < (5.0 if name == "inactive" else 1.0), name
         assert slope > 0
-    source = recovery.fitted_source(everything())
+    source = recovered.fitted_source(everything())
     table = eval(source.split("= ", 1)[1], {"Threshold": taxonomy.Threshold})
     assert table.keys() == taxonomy.THRESHOLDS.keys()
 
@@ -120,12 +120,12 @@ def test_thresholds_lie_between_planted_scores_and_those_without():
 def test_a_score_that_does_not_beat_its_null_does_not_move_a_threshold():
     looked = everything()
     looked[1].arrays["weights/scores/copying"][:] = 0.99  # z stays 0
-    plain, moved = recovery.fitted(everything())["copying"][0], recovery.fitted(looked)["copying"][0]
+    plain, moved = recovered.fitted(everything())["copying"][0], recovered.fitted(looked)["copying"][0]
     assert moved == pytest.approx(plain, rel=1e-3)
 
 
 def test_page_and_results_hold_everything(tmp_path):
-    heads = recovery.judged(everything())
+    heads = recovered.judged(everything())
     found = recovery.figures(heads)
     titles = [title for title, _ in recovery.sections(heads, found)]
     assert titles[:3] == ["Figures", "Who is taken for whom", "Noise, abstention, calibration"]
@@ -138,9 +138,9 @@ def test_page_and_results_hold_everything(tmp_path):
 
 
 def test_parts_survive_the_disk(tmp_path):
-    arrays = recovery.flat({"a": {"b": np.arange(3)}, "roles": np.array(["x", "yy"])})
-    recovery.save(tmp_path / "parts" / "one.npz", arrays)
-    back = recovery.load(tmp_path / "parts" / "one.npz")
+    arrays = recovered.flat({"a": {"b": np.arange(3)}, "roles": np.array(["x", "yy"])})
+    recovered.save(tmp_path / "parts" / "one.npz", arrays)
+    back = recovered.load(tmp_path / "parts" / "one.npz")
     assert back.keys() == {"a/b", "roles"}
     assert back["roles"].tolist() == ["x", "yy"]
     assert [path.name for path in (tmp_path / "parts").iterdir()] == ["one.npz"]
@@ -149,10 +149,12 @@ def test_parts_survive_the_disk(tmp_path):
 def test_roles_follow_the_heads_through_permutation():
     recipe = Recipe(((PlantedHead("same_position", "erase"), PlantedHead("junk")), (PlantedHead("content"),) * 2))
     place = np.array([[[1, 0], [0, 1]]])
-    assert recovery.roles(recipe, place)[0].tolist() == [
+    assert recovered.roles(recipe, place)[0].tolist() == [
         ["huge-norm junk", "eraser"], ["perfect weights, inputs erased"] * 2,
     ]  # fmt: skip
-    every = [recovery.roles(recipe, np.tile(np.arange(8), (1, 2, 1))).ravel() for recipe in recipes("learned").values()]
+    every = [
+        recovered.roles(recipe, np.tile(np.arange(8), (1, 2, 1))).ravel() for recipe in recipes("learned").values()
+    ]
     assert set(np.concatenate(every)) == {
         "plain", "huge-norm junk", "same singular values, rotated bases", "perfect weights, inputs erased", "eraser",
         "dormant, gain 1e-3", "attention right, OV wrong", "redundant backups",

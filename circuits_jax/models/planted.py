@@ -18,19 +18,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
 from jax import Array
 from numpy.typing import NDArray
 
 from circuits_jax.models.head_types import OV_TYPES, QK_TYPES
-from circuits_jax.models.planted_recipes import OV_MOVES, ROTARY_BASE, ROTARY_DIM, SENDERS, PlantedHead, Recipe
+from circuits_jax.models.planted_circuits import (
+    Matrix,
+    factors_of,
+    offset_of,
+    position_vectors,
+    rotary_waves,
+    rotary_weights,
+    spaces_of,
+    touches,
+)
+from circuits_jax.models.planted_recipes import OV_MOVES, ROTARY_DIM, SENDERS, PlantedHead, Recipe
 from circuits_jax.models.rotary import turn_pairs
 from circuits_jax.models.transformer import Params
 
-Matrix = NDArray[np.float64]
-
-# What a head writes that later heads need has length 1; the rest is small, so that a model full of heads stays clean.
-BYSTANDER_LENGTH = 0.1
 JUNK_NORM = 30.0
 N_REFLECTIONS = 3
 # Where noise counts for a side of one dimension: with it, or the noise of one component would be that of a whole head.
@@ -105,7 +110,7 @@ def plant(recipe: Recipe, key: Array, noise: Array | float = 0.0) -> Planted:
     n_layers, n_heads, d_model = len(recipe.heads), len(recipe.heads[0]), recipe.config.d_model
 
     maps = _token_maps(recipe, keys)
-    core = _with_maps(recipe, jnp.asarray(_core(recipe)), maps)
+    core = _with_maps(recipe, jnp.asarray(factors_of(recipe)), maps)
     # Rotated sides have bases of their own, one for each of their two factors.
     side, *head = np.nonzero(_where(recipe, qk="rotated", ov="rotated"))
     rotated = side, slice(None), *head
@@ -129,11 +134,11 @@ def plant(recipe: Recipe, key: Array, noise: Array | float = 0.0) -> Planted:
 
 def _params(recipe: Recipe, basis: Array, factors: Array) -> Params:
     """The dict that forward takes, from the basis [D,N] and factors [2,2,L,H,D,K] of the heads in their order."""
-    spaces = _spaces(recipe)
+    spaces = spaces_of(recipe)
     token, output = basis[:, spaces["token"]], basis[:, spaces["output"]]
     params: dict[str, Any] = {"W_E": token.T + basis[:, spaces["const"]].T, "W_U": token + output}
     if recipe.positions != "rotary":
-        params["W_P"] = einsum("tp,dp->td", _position_vectors(recipe), basis[:, spaces["position"]])
+        params["W_P"] = einsum("tp,dp->td", position_vectors(recipe), basis[:, spaces["position"]])
     for layer in range(len(recipe.heads)):
         (w_q, w_k), (w_v, w_o) = factors[:, :, layer]
         attention = {"W_Q": w_q, "W_K": w_k, "W_V": w_v, "W_O": w_o.swapaxes(-1, -2)}
@@ -205,140 +210,13 @@ def _cycle(key: Array, n: int) -> Array:
 
 def _with_maps(recipe: Recipe, core: Array, maps: dict[str, Array]) -> Array:
     """The core with the token maps in it: rows of W_K and of W_O^T in another order, rows of W_V with signs."""
-    spaces, own = _spaces(recipe), np.arange(recipe.n_vocab)
+    spaces, own = spaces_of(recipe), np.arange(recipe.n_vocab)
     for name, side, space in (("content", 0, "token"), ("transforming", 1, "output")):
         rows = jnp.argsort(jnp.where(maps[name] < 0, own, maps[name]), -1)  # the inverse map
         at = (side, 1, slice(None), slice(None), spaces[space])
         core = core.at[at].set(jnp.take_along_axis(core[at], rows[..., None], -2))
     signs = jnp.where(maps["extracting"] == 0, 1, maps["extracting"])
     return core.at[1, 0, :, :, spaces["token"]].multiply(signs[..., None])
-
-
-def _spaces(recipe: Recipe) -> dict[str, slice]:
-    """The coordinates of each subspace."""
-    ends = np.cumsum(list(recipe.sizes.values()))
-    return {name: slice(end - size, end) for (name, size), end in zip(recipe.sizes.items(), ends, strict=True)}
-
-
-def _touches(recipe: Recipe, head: PlantedHead) -> tuple[tuple[str, str] | None, tuple[str, str] | None]:
-    """The subspaces of both factors of the QK and of the OV side; those of a rotated side before it is rotated."""
-    qk = ("token", "token") if head.qk == "rotated" else recipe.reads(head)
-    ov = ("token", "output") if head.ov == "rotated" else OV_MOVES.get(head.ov)
-    return qk, ov
-
-
-def _core(recipe: Recipe) -> Matrix:
-    """Factors [2,2,L,H,N,K] of all heads, before token maps and rotations."""
-    spaces, k = _spaces(recipe), recipe.d_head
-    n_layers, n_heads = len(recipe.heads), len(recipe.heads[0])
-    core = np.zeros((2, 2, n_layers, n_heads, sum(recipe.sizes.values()), k))
-    for layer, head in np.ndindex(n_layers, n_heads):
-        planted = recipe.heads[layer][head]
-        sizes = recipe.strength * planted.qk_gain * math.sqrt(k), _length(recipe, layer, planted)
-        # Under rotary positions tokens keep to the components that are not rotated.
-        touched = _touches(recipe, planted)
-        start = ROTARY_DIM if recipe.positions == "rotary" and touched[0] != ("const", "const") else 0
-        for side, names in enumerate(touched):
-            if names is None:
-                continue
-            blocks = _ov_blocks(recipe, planted) if side else _qk_blocks(recipe, planted)
-            for factor, (name, block) in enumerate(zip(names, blocks, strict=True)):
-                first = 0 if side else start
-                columns = slice(first, first + block.shape[1])
-                core[side, factor, layer, head, spaces[name], columns] = math.sqrt(sizes[side]) * block
-    return core
-
-
-def _qk_blocks(recipe: Recipe, head: PlantedHead) -> tuple[Matrix, Matrix]:
-    """What the two subspaces are read with, [r_q,n] and [r_k,n]: the score of a target is 1, of all else 0."""
-    tokens, positions = np.eye(recipe.n_vocab), np.eye(recipe.sizes["position"])
-    if head.qk == "content":
-        tokens[-1] = 0.0
-    if head.qk in ("duplicate_token", "content", "rotated") or (head.qk, head.mechanism) == ("induction", "k"):
-        return tokens, tokens
-    if head.qk == "induction":
-        # A pointer is the mean of the own position and of the copy's: each counts half.
-        return 2.0 * _shift(recipe, -1), positions
-    if head.qk == "first_token":
-        start = tokens[-1:] if recipe.positions == "rotary" else _position_vectors(recipe)[:1]
-        return np.ones((1, 1)), start.T
-    if recipe.positions == "rotary":
-        return _rotary_vectors(recipe, _offset(head))
-    return _shift(recipe, _offset(head)), positions
-
-
-def _ov_blocks(recipe: Recipe, head: PlantedHead) -> tuple[Matrix, Matrix]:
-    """What moves one subspace into another, [r_v,n] and [r_o,n]: by unit length."""
-    if head.ov == "extracting":
-        return np.ones((recipe.n_vocab, 1)), np.ones((1, 1))
-    identity = np.eye(recipe.sizes["position" if head.ov == "send_pointer" else "token"])
-    return identity, -identity if head.ov in ("suppressing", "erase") else identity
-
-
-def _length(recipe: Recipe, layer: int, head: PlantedHead) -> float:
-    """How long a head writes a unit vector: senders of one kind in a layer share one length of 1."""
-    if head.ov not in SENDERS or not head.moves:
-        return BYSTANDER_LENGTH * head.ov_gain
-    return head.ov_gain / sum(other.ov == head.ov and other.moves for other in recipe.heads[layer])
-
-
-def _offset(head: PlantedHead) -> int:
-    return {"same_position": 0, "previous_token": 1}.get(head.qk, head.offset)
-
-
-def _frequencies(recipe: Recipe) -> Matrix:
-    """pi (f + 1/2) / F, f < F: (1/F) sum_f cos(w_f d) is 1 at d = 0 and exactly 0 at all other |d| < 2F."""
-    n = recipe.sizes["position"] // 2
-    return np.pi * (np.arange(n) + 0.5) / n
-
-
-def _position_vectors(recipe: Recipe) -> Matrix:
-    """[T, dimensions of the position subspace], orthonormal rows: one-hot or sinusoidal."""
-    if recipe.positions != "sinusoidal":
-        return np.eye(recipe.n_context)
-    angles = np.outer(np.arange(recipe.n_context), _frequencies(recipe))
-    return np.concatenate([np.cos(angles), np.sin(angles)], 1) / math.sqrt(angles.shape[1])
-
-
-def _shift(recipe: Recipe, offset: int) -> Matrix:
-    """The matrix that takes the vector of position i to that of i - offset, or to 0 where there is no such position.
-
-    Sinusoidal ones have no end: there it takes position 0 to a vector that is minus the one of position 2F - offset.
-    """
-    if recipe.positions != "sinusoidal":
-        return np.eye(recipe.n_context, k=-offset)
-    angles = _frequencies(recipe) * offset
-    cos, sin = np.diag(np.cos(angles)), np.diag(np.sin(angles))
-    return np.block([[cos, -sin], [sin, cos]])
-
-
-def _rotary_waves(recipe: Recipe) -> Matrix:
-    """[T,dim]: (cos w_p d, -sin w_p d) of the pairs p at the offsets d < T."""
-    frequencies = ROTARY_BASE ** (-np.arange(0, ROTARY_DIM, 2) / ROTARY_DIM)
-    angles = np.outer(np.arange(recipe.n_context), frequencies)
-    return np.concatenate([np.cos(angles), -np.sin(angles)], 1)
-
-
-def _rotary_weights(recipe: Recipe, offset: int) -> Matrix:
-    """[dim]: the smallest c for which the profile waves @ c is higher by 1 or more at the offset than at all others.
-
-    Least distance programming through non-negative least squares (Lawson & Hanson 1974, chapter 23).
-    """
-    waves = _rotary_waves(recipe)
-    margins = np.delete(waves[offset] - waves, offset, axis=0)
-    system = np.vstack([margins.T, np.ones(len(margins))])
-    target = np.append(np.zeros(ROTARY_DIM), 1.0)
-    residual = system @ scipy.optimize.nnls(system, target)[0] - target
-    return -residual[:-1] / residual[-1]
-
-
-def _rotary_vectors(recipe: Recipe, offset: int) -> tuple[Matrix, Matrix]:
-    """What const is read with by q and k, [1,dim] each: sum_p (q_p turned by w_p d) k_p is the profile at offset d."""
-    real, imaginary = _rotary_weights(recipe, offset).reshape(2, -1)
-    size = np.sqrt(np.hypot(real, imaginary))
-    pairs = np.stack([real, imaginary]) / np.maximum(size, 1e-12), np.stack([size, np.zeros_like(size)])
-    q, k = (x.reshape(1, -1) if recipe.rotary_pairs == "half" else x.T.reshape(1, -1) for x in pairs)
-    return q, k
 
 
 def _junk_std(recipe: Recipe) -> Array:
@@ -354,10 +232,10 @@ def _noise_std(recipe: Recipe, noise: Array | float) -> Array:
     With variances alpha |A|^2 / r_A and alpha |B|^2 / r_B the noise energy of A B^T in the subspaces is
     (2 alpha + K alpha^2) |A|^2 |B|^2, to be noise |A B^T|^2: a quadratic equation for alpha.
     """
-    core, k = _core(recipe), recipe.d_head
+    core, k = factors_of(recipe), recipe.d_head
     ranks = np.ones((2, 2, *core.shape[2:4]))
     for layer, head in np.ndindex(*core.shape[2:4]):
-        for side, names in enumerate(_touches(recipe, recipe.heads[layer][head])):
+        for side, names in enumerate(touches(recipe, recipe.heads[layer][head])):
             if names is not None:
                 ranks[side, :, layer, head] = [
                     sum(recipe.sizes[part] for part in ROOMS.get(name, (name,))) for name in names
@@ -372,9 +250,9 @@ def _noise_std(recipe: Recipe, noise: Array | float) -> Array:
 def _noise(recipe: Recipe, key: Array, basis: Array) -> Array:
     """Standard Gaussian factors [2,2,L,H,D,K]; those of W_O lie in the subspace that the head writes."""
     writes = np.ones((len(recipe.heads), len(recipe.heads[0]), basis.shape[1], 1))
-    spaces = _spaces(recipe)
+    spaces = spaces_of(recipe)
     for layer, head in np.ndindex(*writes.shape[:2]):
-        _, ov = _touches(recipe, recipe.heads[layer][head])
+        _, ov = touches(recipe, recipe.heads[layer][head])
         if ov is not None:
             writes[layer, head] = 0.0
             for part in ROOMS.get(ov[1], (ov[1],)):
@@ -488,10 +366,10 @@ def _attention(recipe: Recipe, head: PlantedHead) -> float:
     if not head.looks or head.qk not in ("previous_token", "fixed_offset", "first_token", "same_position"):
         return math.nan
     # Its target is as far ahead of all other keys as that of a head which looks at itself.
-    offset = 0 if head.qk == "first_token" else _offset(head)
+    offset = 0 if head.qk == "first_token" else offset_of(head)
     profile = np.eye(recipe.n_context)[offset]
     if recipe.positions == "rotary" and head.qk != "first_token":
-        profile = _rotary_waves(recipe) @ _rotary_weights(recipe, offset)
+        profile = rotary_waves(recipe) @ rotary_weights(recipe, offset)
     weights = np.exp(recipe.strength * head.qk_gain * (profile - profile[offset]))
     return float((1.0 / np.cumsum(weights))[max(1, offset) :].mean())
 
