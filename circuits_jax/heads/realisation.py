@@ -38,7 +38,7 @@ def realisation(
     found: Structure,
     queries: Array,
     key: Array,
-    n_sequences: int = 16,
+    n_sequences: int = 64,
     bos: int | None = None,
 ) -> Evidence:
     """What every head does on designed inputs.

@@ -133,12 +133,18 @@ def _role(recipe: Recipe, layer: int, head: PlantedHead) -> str:
 
 
 def judged(looked: Sequence[Looked]) -> Heads:
-    """Labels for all models with the thresholds of heads/thresholds.py, and all heads in one row."""
+    """Labels for all models with the thresholds of heads/thresholds.py, and all heads in one row.
+
+    Heads whose inputs were to be erased are left out where there is noise: it brings back some of what they read, and
+    nobody knows how much.
+    """
     rows, first = [], 0
     for part in looked:
         rows.append(_rows(part, first))
         first += len(part.arrays["noise"])
-    return jax.tree.map(lambda *x: np.concatenate(x), *rows)
+    heads: Heads = jax.tree.map(lambda *x: np.concatenate(x), *rows)
+    built_to_disagree = np.logical_or.reduce([heads.truth[name] != heads.realised[name] for name in TYPES])
+    return heads[(heads.kind != "planted") | (heads.noise == 0) | ~built_to_disagree]
 
 
 def _rows(part: Looked, first: int) -> Heads:

@@ -116,12 +116,13 @@ def figures(heads: Heads) -> dict[str, Figure]:
     }  # fmt: skip
     for kind, least in (("random", 10_000), ("trained", 1000)):
         some = heads[heads.kind == kind]
-        rates = {name: _share(some.supported(name) & ~some.truth[name]) for name in TYPES}
-        worst = max(rates, key=lambda name: rates[name])
+        false = {name: int((some.supported(name) & ~some.truth[name]).sum()) for name in TYPES}
+        worst = max(TYPES, key=lambda name: false[name])
         out[f"{kind}_heads"] = Figure(f"{kind} heads", len(some.noise), None, (">=", least))
         out[f"{kind}_false_rate"] = Figure(
-            f"{kind} heads: false labels of the worst type ({worst})", rates[worst],
-            proportion_interval(round(rates[worst] * some.noise.size), some.noise.size), ("<=", 0.01),
+            f"{kind} heads: false labels of the worst type ({worst})",
+            false[worst] / some.noise.size if some.noise.size else float("nan"),
+            proportion_interval(false[worst], some.noise.size), ("<=", 0.01),
         )  # fmt: skip
         undetermined = ~np.logical_or.reduce([some.supported(name) for name in QK_TYPES])
         out[f"{kind}_undetermined"] = Figure(f"{kind} heads: QK undetermined", _share(undetermined))
