@@ -283,9 +283,11 @@ def _by_noise(planted: Heads) -> Any:
 
 
 def _trust(planted: Heads) -> Any:
-    """Abstention and calibration, of all head-type pairs."""
+    """Abstention and calibration, of all pairs of head and type but those that a more specific label silences."""
     sure = np.concatenate([planted.sure(name) for name in TYPES])
-    truth = np.concatenate([expected(planted, name) for name in TYPES])
+    spoken = np.concatenate([planted.supported(name) for name in TYPES]) | (sure <= 0.5)
+    truth = np.concatenate([expected(planted, name) for name in TYPES])[spoken]
+    sure = sure[spoken]
     cuts = np.linspace(0.5, 0.99, 50)
     wrong = np.array([_share(~truth[sure > cut]) for cut in cuts])
     named = np.array([_share(sure[truth] > cut) for cut in cuts])
