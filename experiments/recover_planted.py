@@ -218,11 +218,6 @@ def look(part: Part, folder: Path) -> recovered.Looked:
 
 def prepare(settings: Settings) -> tuple[Settings, Path]:
     """Raises ValueError for settings that make no sense."""
-    if settings.smoke:
-        settings = dataclasses.replace(
-            settings, models=1, noise=(0.0, 1.0), random_heads=min(settings.random_heads, 64),
-            trained_heads=min(settings.trained_heads, 16), steps=min(settings.steps, 20),
-        )  # fmt: skip
     for name in ("models", "random_heads", "trained_heads", "steps"):
         if getattr(settings, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(settings, name)}")
@@ -230,6 +225,11 @@ def prepare(settings: Settings) -> tuple[Settings, Path]:
         raise ValueError(f"--noise must be rising numbers of at least 0; got {settings.noise}")
     if settings.noise[0] != 0:
         raise ValueError(f"--noise must begin with 0, at which decoys are judged; got {settings.noise}")
+    if settings.smoke:
+        settings = dataclasses.replace(
+            settings, models=1, noise=(0.0, 1.0), random_heads=min(settings.random_heads, 64),
+            trained_heads=min(settings.trained_heads, 16), steps=min(settings.steps, 20),
+        )  # fmt: skip
     name = settings.name or "recover_planted" + "_calibrate" * settings.calibrate + "_smoke" * settings.smoke
     if Path(name).name != name or name in (".", ".."):
         raise ValueError(f"--name must be a plain folder name; got {name!r}; --runs-dir says where it goes")

@@ -171,13 +171,13 @@ def test_a_diverged_seed_is_analysed_as_nothing_and_the_others_as_ever(monkeypat
     for name, value in evidence.items():
         assert np.isnan(value[1]).all(), name
         np.testing.assert_array_equal(value[0], whole[name][0], err_msg=name)
-        assert np.isfinite(value[0]).all(), name
+        assert not np.isnan(value[0]).any(), name
 
 
 def test_help_is_the_manual():
     shown = run("--help")
     assert shown.returncode == 0
-    for word in ("--seeds", "--smoke", "--runs-dir", "No threshold sees the seeds", "resumes"):
+    for word in ("--seeds", "--smoke", "--runs-dir", "No threshold sees the runs", "resumes"):
         assert word in shown.stdout
 
 

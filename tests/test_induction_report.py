@@ -19,7 +19,7 @@ def outcome(n_runs=8, diverged=(), learned=True, seed=0):
     if not learned:
         for name in ("edge_weights", "edge_effect", "joint_effect", "induction_weights", "induction_attention"):
             evidence[name] = np.minimum(evidence[name], 0.1)
-        evidence["type_scores"] = np.minimum(evidence["type_scores"], 0.1)
+        evidence["type_scores"] = np.minimum(evidence["type_scores"], 0.0)
     accuracy = np.tile([0.0, 0.6, 0.99, 1.0] if learned else [0.0, 0.1, 0.2, 0.4], (n_runs, 1))
     heads = np.zeros((n_runs, 4, 2, 2)) + accuracy[..., None, None]
     measurements = {"accuracy": accuracy, "evaluation_loss": 1 - accuracy}
