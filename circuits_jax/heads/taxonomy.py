@@ -6,7 +6,6 @@ It is supported when weights and activations agree on it; where only one of them
 """
 
 import dataclasses
-from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -91,9 +90,9 @@ def _beaten(p: np.ndarray, rate: float) -> np.ndarray:
     return np.asarray(jax.vmap(lambda x: nulls.benjamini_hochberg(x, rate))(models)).reshape(p.shape)
 
 
-def sides(thresholds: Mapping[str, tuple[Threshold, Threshold]] = THRESHOLDS) -> tuple[dict[str, Threshold], ...]:
+def sides() -> tuple[dict[str, Threshold], ...]:
     """The thresholds for evidence from weights, and for evidence from activations."""
-    return tuple({name: pair[side] for name, pair in thresholds.items()} for side in (0, 1))
+    return tuple({name: pair[side] for name, pair in THRESHOLDS.items()} for side in (0, 1))
 
 
 def stacked(by_weights: Evidence, by_activations: Evidence) -> dict[str, Array]:
