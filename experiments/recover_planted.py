@@ -51,7 +51,8 @@ from circuits_jax.training import devices
 from circuits_jax.training.sweep import sweep
 from circuits_jax.training.train import Optimization
 
-BENCHMARK_KEY, CALIBRATION_KEY = 1, 2  # no test plants from these
+CALIBRATION_KEY = 2
+CALIBRATION_SEED, SEEDS_OF_A_KEY = 10_000, 100_000  # of the trained heads; those of --calibrate are nobody else's
 CALIBRATION_NOISE = (0.1, 0.4, 0.8, 1.2)  # between and beyond what the benchmark asks about
 AT_ONCE = 16  # models that one call of the compiled analysis takes
 RANDOM_GAINS = (1.0, 3.0, 10.0)  # times fan-in weights: from diffuse heads to sharp ones
@@ -71,6 +72,8 @@ class Settings:
     """Heads trained on i.i.d. tokens."""
     steps: int = 500
     """Updates of their training."""
+    key: int = 1
+    """From which everything random is drawn; not 2, which is that of --calibrate."""
     calibrate: bool = False
     """Fit the thresholds of heads/thresholds.py on models of their own, and print them."""
     smoke: bool = False
@@ -108,7 +111,7 @@ def parts(settings: Settings, folder: Path) -> list[Part]:
     noise = CALIBRATION_NOISE if calibrate else settings.noise
     kinds: list[tuple[PlantedPositions, Norm]] = list(itertools.product(get_args(PlantedPositions), get_args(Norm)))
     kinds = [("sinusoidal", "rms")] if smoke else kinds
-    root = jax.random.key(CALIBRATION_KEY if calibrate else BENCHMARK_KEY)
+    root = jax.random.key(CALIBRATION_KEY if calibrate else settings.key)
     out = []
     for number, (positions, norm) in enumerate(kinds):
         models = recipes(positions, norm)
@@ -129,7 +132,8 @@ def parts(settings: Settings, folder: Path) -> list[Part]:
     config = TransformerConfig(n_vocab=32, n_context=24, n_layers=2, n_heads=4, d_model=64, positions="shortformer")
     n_runs = -(-settings.trained_heads // (config.n_layers * config.n_heads))
     labels = {"positions": "shortformer", "norm": "none", "recipe": "trained"}
-    make = partial(make_trained, config, settings.steps, n_runs, calibrate, folder / "checkpoints")
+    first_seed = CALIBRATION_SEED if calibrate else SEEDS_OF_A_KEY * (settings.key - 1)
+    make = partial(make_trained, config, settings.steps, range(first_seed, first_seed + n_runs), folder / "checkpoints")
     return [*out, Part("trained", "trained", config, labels, make, None)]
 
 
@@ -157,15 +161,10 @@ def make_random(config: TransformerConfig, key: Array, n_models: int) -> tuple[P
     return jax.jit(jax.vmap(one))(jax.random.split(key, n_models), jnp.asarray(gains, jnp.float32)), {"noise": gains}
 
 
-def make_trained(
-    config: TransformerConfig, steps: int, n_runs: int, calibrate: bool, folder: Path
-) -> tuple[Params, dict[str, Any]]:
+def make_trained(config: TransformerConfig, steps: int, seeds: range, folder: Path) -> tuple[Params, dict[str, Any]]:
     """Runs on i.i.d. tokens, as the control of the main job."""
-    first = 10_000 if calibrate else 0
     task = RepeatedTokens(noise=1.0, n_vocab=config.n_vocab, n_context=config.n_context)
-    run = sweep(
-        config, Optimization(), task, range(first, first + n_runs), [0, steps], nothing_measured, folder / "trained"
-    )
+    run = sweep(config, Optimization(), task, seeds, [0, steps], nothing_measured, folder / "trained")
     sound = ~run.diverged
     return jax.tree.map(lambda x: jnp.asarray(x[sound]), run.params), {"noise": np.zeros(int(sound.sum()))}
 
@@ -218,9 +217,11 @@ def look(part: Part, folder: Path) -> recovered.Looked:
 
 def prepare(settings: Settings) -> tuple[Settings, Path]:
     """Raises ValueError for settings that make no sense."""
-    for name in ("models", "random_heads", "trained_heads", "steps"):
+    for name in ("models", "random_heads", "trained_heads", "steps", "key"):
         if getattr(settings, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(settings, name)}")
+    if settings.key == CALIBRATION_KEY or settings.key > 10_000:
+        raise ValueError(f"--key must be at most 10000 and not {CALIBRATION_KEY}, of --calibrate; got {settings.key}")
     if not settings.noise or min(settings.noise) < 0 or list(settings.noise) != sorted(set(settings.noise)):
         raise ValueError(f"--noise must be rising numbers of at least 0; got {settings.noise}")
     if settings.noise[0] != 0:

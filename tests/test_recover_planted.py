@@ -57,6 +57,7 @@ def test_what_was_looked_at_is_not_looked_at_again(smoke):
     ("arguments", "message"),
     [
         (["--models", "0"], "--models must be at least 1; got 0"),
+        (["--key", "2"], "--key must be at most 10000 and not 2"),
         (["--noise", "0.5"], "--noise must begin with 0"),
         (["--noise", "0", "2", "1"], "--noise must be rising numbers"),
         (["--name", "a/b"], "--name must be a plain folder name"),

@@ -2,6 +2,8 @@
 
     python experiments/recover_planted.py --calibrate --models 1 --random-heads 2000 --trained-heads 256
 
+(at 16 designed sequences instead of today's 64, and before rotated heads left the first layer of the decoys).
+
 A logistic regression of planted truth on score, for each type and each kind of evidence, over planted models whose
 keys, and random heads whose seeds, no test or benchmark uses. Scores are comparable between models (attention above
 chance, shares, cosines), so these numbers are meant for any model; a null has to be beaten besides.
