@@ -29,6 +29,7 @@ from circuits_jax.heads import (
     signatures,
     structure,
     taxonomy,
+    type_evidence,
     value_scores,
 )
 from circuits_jax.models import interventions, planted, planted_recipes, rotary
@@ -186,7 +187,7 @@ TABLE = {
     "patterns.entropy": (patterns.entropy, (PATTERN, QUERIES)),
     "patterns.earlier_copies": (patterns.earlier_copies, (TOKENS,)),
     "signatures.additive_diagonal": (signatures.additive_diagonal, (array(L, V, V),)),
-    "structure.against": (structure.against, (array(L, H), array(5, L, H))),
+    "type_evidence.against": (type_evidence.against, (array(L, H), array(5, L, H))),
     "signatures.previous_token": (signatures.previous_token, (WEIGHTS, QUERIES)),
     "signatures.position_pattern": (lambda weights: signatures.position_pattern(weights, T), (ROTARY,)),
     "signatures.matching": (lambda scores, n: signatures.matching(scores, n, 2), (array(V, V), array())),
@@ -228,13 +229,13 @@ TABLE = {
     "structure.sample_tokens": (lambda key: structure.sample_tokens(key, V, 3, 0), (KEY,)),
     "structure.cut_to_tokens": (structure.cut_to_tokens, (WEIGHTS, array(3, dtype=np.int32))),
     "structure.qk_evidence": (structure.qk_evidence, (WEIGHTS, INPUTS, QUERIES, STRUCTURE.null)),
-    "structure.positional_scores": (structure.positional_scores, (array(L, H, T), SHARE)),
-    "structure.above_chance_profiles": (structure.above_chance_profiles, (ATTENTION, QUERIES)),
-    "structure.relay_scores": (
-        structure.relay_scores,
+    "type_evidence.positional_scores": (type_evidence.positional_scores, (array(L, H, T), SHARE)),
+    "type_evidence.above_chance_profiles": (type_evidence.above_chance_profiles, (ATTENTION, QUERIES)),
+    "type_evidence.relay_scores": (
+        type_evidence.relay_scores,
         (STRUCTURE.weights, STRUCTURE.inputs, array(L, H, V, 4), array(L, H, T, 4)),
     ),
-    "structure.written_length": (structure.written_length, HEAD[:2]),
+    "type_evidence.written_length": (type_evidence.written_length, HEAD[:2]),
     "realisation.on_own_batch": (
         lambda params, tokens: realisation.on_own_batch(CONFIG, params, tokens),
         (PARAMS, BATCH.tokens),
@@ -312,8 +313,8 @@ EIGENVALUES = {
         lambda weights, queries, key: structure.structure(weights, queries, key, n_draws=3),
         (WEIGHTS, QUERIES, KEY),
     ),
-    "structure.ov_evidence": (
-        structure.ov_evidence,
+    "type_evidence.ov_evidence": (
+        type_evidence.ov_evidence,
         (STRUCTURE.weights, array(L, H, V, 4), RELAYED, SHARE, STRUCTURE.null, SHARE),
     ),
     "realisation.realisation": (
@@ -380,7 +381,8 @@ def test_every_public_function_is_in_the_table():
     modules = [
         attention, batch, composition, composition_evidence, designed, effects, eigenvalues, eigenvectors, evidence,
         ideal_inputs, interventions, low_rank, nulls, orthonormalisation, paths, patterns, planted, planted_recipes,
-        realisation, rotary, signatures, spectra, structure, taxonomy, token_space, value_scores,
+        realisation, rotary, signatures, spectra, structure, taxonomy, token_space, type_evidence,
+            value_scores,
     ]  # fmt: skip
     for owner in (*classes, RepeatedTokens, *modules):
         short = owner.__name__.rsplit(".", 1)[-1]

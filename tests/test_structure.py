@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import norm
 
 from circuits_jax import CircuitWeights, TransformerConfig, init_params
-from circuits_jax.heads import ideal_inputs, nulls, structure, value_scores
+from circuits_jax.heads import ideal_inputs, nulls, structure, type_evidence, value_scores
 from circuits_jax.heads.value_scores import Matches, Relays
 from circuits_jax.models.head_types import OV_TYPES, QK_TYPES
 from circuits_jax.models.planted import plant
@@ -146,7 +146,7 @@ def test_tokens_of_a_virtual_head_come_through_its_sender():
     def look(weights):
         inputs = structure._inputs(weights, jnp.ones(10, bool), None, jax.random.key(1))
         values = ideal_inputs.values(weights, inputs.tokens)
-        sent_on = structure.relay_scores(weights, inputs, values, ideal_inputs.values(weights, inputs.places))
+        sent_on = type_evidence.relay_scores(weights, inputs, values, ideal_inputs.values(weights, inputs.places))
         direct = value_scores.token_match(values, weights.W_O, weights.W_U).norm
         source = structure._source(sent_on.v.norm / inputs.embedded_size, direct)
         return values, source, structure._through(weights, inputs, values, source), inputs.tokens
@@ -175,7 +175,7 @@ def test_best_relay_names_path_and_reader_and_pays_for_having_looked_at_all_pair
     cosine[1, 0, 1, 2, 0], z[1, 0, 1, 2, 0] = 0.8, 5.0
     cosine[2, 0, 1, 1, 0], z[2, 0, 1, 1, 0] = 0.7, 9.0
     cosine[0, 1, 0, 2, 1], z[0, 1, 0, 2, 1] = 0.6, 4.0
-    best, corrected, path, reader = structure._best_relay(relays_of(cosine, z))
+    best, corrected, path, reader = type_evidence._best_relay(relays_of(cosine, z))
     assert best[0, 1] == pytest.approx(0.8)
     assert (int(path[0, 1]), int(reader[0, 1])) == (1, 2 * n_heads + 0)
     assert (int(path[1, 0]), int(reader[1, 0])) == (0, 2 * n_heads + 1)
@@ -190,7 +190,7 @@ def test_best_relay_names_path_and_reader_and_pays_for_having_looked_at_all_pair
 def test_relay_of_the_last_layer_beats_no_null():
     """Bonferroni over no pair at all must not make p 0."""
     zero = np.zeros((3, 1, 2, 1, 2), np.float32)
-    best, corrected, _, _ = structure._best_relay(relays_of(zero, zero))
+    best, corrected, _, _ = type_evidence._best_relay(relays_of(zero, zero))
     assert np.all(np.asarray(best) == 0)
     relabelled = structure.nulls.upper_p(corrected)
     assert np.all((np.asarray(relabelled) > 0.4) | (np.asarray(best) == 0))
@@ -202,18 +202,18 @@ def test_relay_of_the_last_layer_beats_no_null():
 def test_offsets_with_too_few_queries_are_nan_and_never_the_best():
     queries = jnp.arange(T) >= T - 3
     even = jnp.tril(jnp.ones((2, T, T))) / jnp.arange(1, T + 1)[:, None]
-    profile, first = structure.above_chance_profiles(even, queries)
+    profile, first = type_evidence.above_chance_profiles(even, queries)
     assert np.all(np.isnan(profile))
     np.testing.assert_allclose(first, 0.0, atol=1e-6)
-    profile, _ = structure.above_chance_profiles(even, QUERIES)
-    assert np.isfinite(profile[:, : T - structure.FEWEST_QUERIES + 1]).all()
-    assert np.isnan(profile[:, T - structure.FEWEST_QUERIES + 1 :]).all()
+    profile, _ = type_evidence.above_chance_profiles(even, QUERIES)
+    assert np.isfinite(profile[:, : T - type_evidence.FEWEST_QUERIES + 1]).all()
+    assert np.isnan(profile[:, T - type_evidence.FEWEST_QUERIES + 1 :]).all()
 
 
 def test_positional_scores_pick_the_best_offset_of_at_least_two_and_at_most_half_the_length():
     profile = np.full(T, 0.01, np.float32)
     profile[[0, 1, 2, 4, 7]] = 0.9, 0.8, 0.3, 0.5, 0.99
-    scores, offset = structure.positional_scores(jnp.asarray(profile), jnp.asarray(0.2))
+    scores, offset = type_evidence.positional_scores(jnp.asarray(profile), jnp.asarray(0.2))
     assert int(offset) == 4
     wanted = {"same_position": 0.9, "previous_token": 0.8, "fixed_offset": 0.5, "first_token": 0.2}
     assert {name: pytest.approx(float(x)) for name, x in scores.items()} == wanted

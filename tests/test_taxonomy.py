@@ -9,8 +9,8 @@ import pytest
 
 from circuits_jax import TransformerConfig, init_params
 from circuits_jax.heads import taxonomy
-from circuits_jax.heads.structure import Evidence
 from circuits_jax.heads.thresholds import THRESHOLDS, Threshold
+from circuits_jax.heads.type_evidence import Evidence
 from circuits_jax.models.head_types import OV_TYPES, QK_TYPES
 from circuits_jax.models.planted import plant
 from circuits_jax.models.planted_recipes import recipes

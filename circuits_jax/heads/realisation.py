@@ -13,10 +13,10 @@ from circuits_jax.circuits.weights import CircuitWeights, per_query_head
 from circuits_jax.heads import patterns
 from circuits_jax.heads.ideal_inputs import normalized
 from circuits_jax.heads.signatures import additive_diagonal, double_centred
-from circuits_jax.heads.structure import (
+from circuits_jax.heads.structure import Structure
+from circuits_jax.heads.type_evidence import (
     Evidence,
     Scores,
-    Structure,
     above_chance_profiles,
     against,
     ov_evidence,

@@ -17,8 +17,9 @@ from jax.typing import ArrayLike
 from circuits_jax.circuits.weights import CircuitWeights
 from circuits_jax.heads import nulls
 from circuits_jax.heads.realisation import on_own_batch, realisation
-from circuits_jax.heads.structure import Evidence, Scores, structure
+from circuits_jax.heads.structure import structure
 from circuits_jax.heads.thresholds import RATE, THRESHOLDS, Threshold
+from circuits_jax.heads.type_evidence import Evidence, Scores
 from circuits_jax.models.config import TransformerConfig
 from circuits_jax.models.head_types import OV_TYPES, QK_TYPES
 from circuits_jax.models.transformer import Params, check_tokens

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from circuits_jax.heads import calibration, nulls, taxonomy
-from circuits_jax.heads.structure import Evidence
 from circuits_jax.heads.taxonomy import TYPES
 from circuits_jax.heads.thresholds import RATE
+from circuits_jax.heads.type_evidence import Evidence
 from circuits_jax.models.head_types import OV_TYPES, QK_TYPES
 from circuits_jax.models.planted_recipes import SENDERS, PlantedHead, Recipe
 
