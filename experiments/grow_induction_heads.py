@@ -33,13 +33,13 @@ import tyro
 from jax import Array
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from circuits_jax.heads import evidence as head_evidence
 from circuits_jax.heads import verdicts
 from circuits_jax.models.config import Norm, TransformerConfig
 from circuits_jax.models.transformer import Params, forward, init_params
 from circuits_jax.reports import induction, page, results, run_folder
+from circuits_jax.reports.console import print_table
 from circuits_jax.tasks.batch import Batch, accuracy, next_token_loss, sample_batch
 from circuits_jax.tasks.repeated_tokens import RepeatedTokens
 from circuits_jax.training import devices
@@ -141,8 +141,7 @@ def prepare(settings: Settings) -> Plan:
     for field in ("measure_every", "n_evaluation"):
         if getattr(settings, field) < 1:
             raise ValueError(f"{field} must be at least 1; got {getattr(settings, field)}")
-    if Path(name).name != name or name in (".", ".."):
-        raise ValueError(f"--name must be a plain folder name; got {name!r}; --runs-dir says where it goes")
+    run_folder.check_name(name)
     config = TransformerConfig(
         n_vocab=settings.n_vocab, n_context=settings.n_context, n_heads=settings.n_heads, d_model=settings.d_model,
         d_head=settings.d_head, d_mlp=settings.d_mlp, norm=settings.norm, positions=settings.positions,
@@ -246,10 +245,7 @@ def main(plan: Plan) -> None:
         ("Which heads, by which evidence (repeats, 2 layers)", induction.verdict_table(outcomes["repeats"])),
         ("Figures", run_folder.figure_table(figures)),
     ):
-        table = Table(*header, title=title, title_justify="left")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+        print_table(console, title, header, rows)
     for note in induction.notes(outcomes):
         console.print(f"note: {note}", soft_wrap=True)
     console.print(f"report: {plan.folder / 'report.html'}", soft_wrap=True)

@@ -33,8 +33,6 @@ import numpy as np
 import tyro
 from jax import Array
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from circuits_jax.circuits.attention import qk
 from circuits_jax.circuits.spectra import symmetry
@@ -46,6 +44,8 @@ from circuits_jax.models.planted import plant
 from circuits_jax.models.planted_recipes import PlantedPositions, Recipe, recipes
 from circuits_jax.models.transformer import Params, init_params
 from circuits_jax.reports import page, recovered, recovery, results, run_folder
+from circuits_jax.reports import parts as kept_parts
+from circuits_jax.reports.console import parts_bar, print_table
 from circuits_jax.tasks.repeated_tokens import RepeatedTokens
 from circuits_jax.training import devices
 from circuits_jax.training.sweep import sweep
@@ -200,7 +200,7 @@ def look(part: Part, folder: Path) -> recovered.Looked:
     """The evidence on all models of a part; from its file, where a run before got that far."""
     path = folder / "parts" / f"{part.name}.npz"
     if path.exists():
-        return recovered.Looked(part.kind, part.labels, recovered.load(path))
+        return recovered.Looked(part.kind, part.labels, kept_parts.load(path))
     params, kept = part.make()
     n_models = len(kept["noise"])
     keys = jax.random.split(jax.random.key(n_models), n_models)
@@ -210,8 +210,8 @@ def look(part: Part, folder: Path) -> recovered.Looked:
         rows = np.minimum(np.arange(first, first + AT_ONCE), n_models - 1)
         some = analysis(part.config, part.bos)(*jax.tree.map(lambda x, rows=rows: x[rows], (params, keys)))
         found.append(jax.tree.map(lambda x, n=n_models - first: np.asarray(x)[:n], some))
-    arrays = recovered.flat(jax.tree.map(lambda *x: np.concatenate(x), *found)) | kept
-    recovered.save(path, arrays)
+    arrays = kept_parts.flat(jax.tree.map(lambda *x: np.concatenate(x), *found)) | kept
+    kept_parts.save(path, arrays)
     return recovered.Looked(part.kind, part.labels, arrays)
 
 
@@ -232,8 +232,7 @@ def prepare(settings: Settings) -> tuple[Settings, Path]:
             trained_heads=min(settings.trained_heads, 16), steps=min(settings.steps, 20),
         )  # fmt: skip
     name = settings.name or "recover_planted" + "_calibrate" * settings.calibrate + "_smoke" * settings.smoke
-    if Path(name).name != name or name in (".", ".."):
-        raise ValueError(f"--name must be a plain folder name; got {name!r}; --runs-dir says where it goes")
+    run_folder.check_name(name)
     devices.use_all_cores(settings.trained_heads)
     devices.keep_compilations()
     return settings, settings.runs_dir / name
@@ -247,9 +246,8 @@ def main(plan: tuple[Settings, Path]) -> None:
     del kept["runs_dir"]
     run_folder.open_run(folder, kept)
     looked = []
-    columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     to_do = parts(settings, folder)
-    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(2) as workers:
+    with parts_bar(console) as progress, ThreadPoolExecutor(2) as workers:
         bar = progress.add_task("planted models and controls", total=len(to_do))
         # Two at a time: while one is compiled on one core, the other runs.
         for result in workers.map(partial(look, folder=folder), to_do):
@@ -264,10 +262,7 @@ def main(plan: tuple[Settings, Path]) -> None:
     run_folder.write_summary(folder, figures)
     run_folder.write_text(folder / "report.html", page.page("Recover planted heads", recovery.sections(heads, figures)))
     for title, (header, rows) in recovery.tables(heads, figures).items():
-        table = Table(*header, title=title, title_justify="left")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+        print_table(console, title, header, rows)
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from circuits_jax.heads import taxonomy
 from circuits_jax.models.planted_recipes import PlantedHead, Recipe, recipes
-from circuits_jax.reports import recovered, recovery, results
+from circuits_jax.reports import parts, recovered, recovery, results
 
 TYPES, QK, OV = taxonomy.TYPES, taxonomy.QK_TYPES, taxonomy.OV_TYPES
 SHAPE = (20, 2, 4)  # models, layers, heads
@@ -138,9 +138,9 @@ def test_page_and_results_hold_everything(tmp_path):
 
 
 def test_parts_survive_the_disk(tmp_path):
-    arrays = recovered.flat({"a": {"b": np.arange(3)}, "roles": np.array(["x", "yy"])})
-    recovered.save(tmp_path / "parts" / "one.npz", arrays)
-    back = recovered.load(tmp_path / "parts" / "one.npz")
+    arrays = parts.flat({"a": {"b": np.arange(3)}, "roles": np.array(["x", "yy"])})
+    parts.save(tmp_path / "parts" / "one.npz", arrays)
+    back = parts.load(tmp_path / "parts" / "one.npz")
     assert back.keys() == {"a/b", "roles"}
     assert back["roles"].tolist() == ["x", "yy"]
     assert [path.name for path in (tmp_path / "parts").iterdir()] == ["one.npz"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from circuits_jax import Interventions, TransformerConfig, forward, init_params
+from circuits_jax.models import graph
 from circuits_jax.models.config import Rotary
 from circuits_jax.models.rotary import rotate
 
@@ -318,11 +319,9 @@ def test_neighbouring_query_heads_share_keys_and_values(name):
 def test_edges_into_heads_that_share_keys_are_cut_for_one_query_head_alone():
     config = CONFIGS["llama-like"]
     params, tokens = random_params(config, 4), random_tokens(T)
-    kept = np.ones((2, 4, 2, 4), np.float32)
-    cut = kept.copy()
-    cut[0, :, 1, 1] = 0.0
-    run = jax.jit(lambda edges: forward(config, params, tokens, Interventions(k_edges=edges, v_edges=edges)))
-    (logits, seen), (_, seen_cut) = run(kept), run(cut)
+    edges = [f"0.{sender}->1.1.{name}" for sender in range(4) for name in "kv"]
+    run = jax.jit(lambda edges: forward(config, params, tokens, Interventions(edges=edges)))
+    (logits, seen), (_, seen_cut) = run(graph.cut(config, [])), run(graph.cut(config, edges))
     np.testing.assert_allclose(logits, forward(config, params, tokens)[0], atol=1e-5)
     change = np.abs(np.asarray(seen.head_outputs[1]) - seen_cut.head_outputs[1]).max((1, 2))
     assert change[1] > 1e-3

@@ -1,19 +1,149 @@
-"""What a head or an edge does, causally: every ablation and every cut edge of a model in one compiled program."""
+"""What a head or an edge does, causally: every ablation and every cut edge of a model in one compiled program.
+
+An effect is a fall: the metric of the model as it is minus the metric after the cut. It is what the head or the edge
+gives, where nothing else makes up for its loss; where others do, single effects are about 0 and joint ones are not.
+"""
 
 import dataclasses
-import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
-from circuits_jax.heads import patterns
+from circuits_jax.heads.outcomes import (
+    Metric,
+    Repeats,
+    difference,
+    in_chunks,
+    induction_attention,
+    log_likelihood,
+    nothing,
+    on_repeats,
+    run,
+    value_under,
+)
+from circuits_jax.models import graph
 from circuits_jax.models.config import TransformerConfig
-from circuits_jax.models.interventions import Interventions
-from circuits_jax.models.transformer import Params, apply, check_tokens
-from circuits_jax.tasks.batch import Batch, next_token_loss
+from circuits_jax.models.interventions import Edges, Interventions, Replacement, n_senders
+from circuits_jax.models.transformer import Activations, Params, check_tokens
+from circuits_jax.tasks.batch import Batch
+
+CHUNK = 32
+
+
+def ablate(
+    config: TransformerConfig,
+    params: Params,
+    batch: Batch,
+    sets: ArrayLike,
+    metric: Metric = log_likelihood,
+    reference: Array | None = None,
+    within: Interventions | None = None,
+    chunk: int = CHUNK,
+) -> Any:
+    """The fall of the metric when the heads of each set are ablated together.
+
+    Args:
+        config, params: the model.
+        batch: B sequences.
+        sets: [n,L,H] bool, which heads.
+        metric: see outcomes.Metric.
+        reference: what an ablated head writes, [L,H,T,D] or [B,L,H,T,D]: its mean over a batch (mean ablation), or
+            what it wrote in another run (resample ablation). Nothing (zero ablation) when left out.
+        within: interventions that are in place all the time; frozen patterns make it pattern-preserving ablation.
+            Must not hold head_scale or head_outputs.
+        chunk: how many runs are held in memory at once.
+
+    Returns:
+        What the metric returns, with n in front.
+
+    Raises:
+        ValueError: bad tokens, or an array of another shape.
+    """
+    check_tokens(config, batch.tokens)
+    sets, wanted = jnp.asarray(sets), (config.n_layers, config.n_heads)
+    if sets.ndim != 3 or sets.shape[1:] != wanted:
+        raise ValueError(f"sets must be [n,L,H] with [L,H] = {list(wanted)}; got {list(sets.shape)}")
+    base = within or Interventions()
+    if base.head_scale is not None or base.head_outputs is not None:
+        raise ValueError("within must leave head_scale and head_outputs to the ablation")
+    return _ablate(config, metric, chunk, params, batch, sets, reference, base)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _ablate(
+    config: TransformerConfig, metric: Metric, chunk: int, params: Params, batch: Batch, sets: Array,
+    reference: Array | None, within: Interventions,
+) -> Any:  # fmt: skip
+    length = batch.tokens.shape[-1]
+
+    def without(heads: Array) -> Any:
+        if reference is None:
+            changed = dataclasses.replace(within, head_scale=1.0 - heads)
+        else:
+            mask = jnp.broadcast_to(heads[..., None], (*heads.shape, length)).astype(reference.dtype)
+            changed = dataclasses.replace(within, head_outputs=Replacement(reference, mask))
+        return value_under(config, params, batch, metric, changed)
+
+    whole = value_under(config, params, batch, metric, within)
+    return difference(whole, in_chunks(without, sets.astype(jnp.float32), chunk))
+
+
+def single_heads(config: TransformerConfig) -> Array:
+    """[LH,L,H] bool: every head alone."""
+    n = config.n_layers * config.n_heads
+    return jnp.eye(n, dtype=bool).reshape(n, config.n_layers, config.n_heads)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PairEffects:
+    """Falls of a metric; a metric that is no number adds its own axes behind.
+
+    Attributes:
+        single: [L,H] when one head is ablated.
+        joint: [L,H,L,H] when two are; the single one on the diagonal.
+        synergy: [L,H,L,H] joint minus the sum of the singles, 0 on the diagonal. Positive: each makes up for the
+            loss of the other (redundancy). Negative: one needs the other, so that its loss is counted twice.
+    """
+
+    single: Any
+    joint: Any
+    synergy: Any
+
+
+def ablate_pairs(
+    config: TransformerConfig,
+    params: Params,
+    batch: Batch,
+    metric: Metric = log_likelihood,
+    reference: Array | None = None,
+    within: Interventions | None = None,
+    chunk: int = CHUNK,
+) -> PairEffects:
+    """Ablates every head and every pair of heads; arguments and errors are those of ablate."""
+    heads = single_heads(config)
+    n, shape = len(heads), heads.shape[1:]
+    first, second = np.triu_indices(n)
+    fall = ablate(config, params, batch, heads[first] | heads[second], metric, reference, within, chunk)
+    place = np.zeros((n, n), int)
+    place[first, second] = place[second, first] = np.arange(len(first))
+
+    def pairs(values: Array) -> tuple[Array, Array, Array]:
+        joint = values[place]
+        single = joint[np.arange(n), np.arange(n)]
+        same = jnp.eye(n, dtype=bool).reshape(n, n, *[1] * (single.ndim - 1))
+        synergy = jnp.where(same, 0.0, joint - single[:, None] - single)
+        tail = single.shape[1:]
+        return single.reshape(*shape, *tail), joint.reshape(*shape * 2, *tail), synergy.reshape(*shape * 2, *tail)
+
+    leaves, structure = jax.tree.flatten(fall)
+    return PairEffects(*(jax.tree.unflatten(structure, part) for part in zip(*map(pairs, leaves), strict=True)))
 
 
 @jax.tree_util.register_dataclass
@@ -30,15 +160,166 @@ class HeadEffects:
     induction: Array
 
 
+def ablate_heads(config: TransformerConfig, params: Params, batch: Batch, chunk: int = CHUNK) -> HeadEffects:
+    """Zero-ablates every head, one at a time: what that does to repeats. ablate has other metrics and sets.
+
+    Args:
+        config, params: the model.
+        batch: B sequences; the loss is over batch.mask.
+        chunk: how many runs are held in memory at once.
+
+    Raises:
+        ValueError: a token out of the vocabulary, too long a sequence.
+    """
+    fall: Repeats = ablate(config, params, batch, single_heads(config), on_repeats, chunk=chunk)
+    shape = (config.n_layers, config.n_heads)
+    return HeadEffects(loss=-fall.loss.reshape(shape), induction=fall.induction.reshape(*shape, *shape))
+
+
+def edge_effects(
+    config: TransformerConfig,
+    params: Params,
+    batch: Batch,
+    metric: Metric = log_likelihood,
+    reference: Array | None = None,
+    chunk: int = CHUNK,
+) -> Edges:
+    """The fall of the metric when one edge is cut, for every edge of the graph (models/graph.py).
+
+    Args:
+        config, params: the model.
+        batch: B sequences.
+        metric: see outcomes.Metric.
+        reference: what a cut edge carries, [N,T,D] or [B,N,T,D]: graph.outputs of another run. Nothing when left out.
+        chunk: how many runs are held in memory at once.
+
+    Returns:
+        Edges whose entries are what the metric returns; 0 where there is no edge.
+
+    Raises:
+        ValueError: bad tokens, or an array of another shape.
+    """
+    check_tokens(config, batch.tokens)
+    return _edge_effects(config, metric, chunk, params, batch, reference)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _edge_effects(
+    config: TransformerConfig, metric: Metric, chunk: int, params: Params, batch: Batch, reference: Array | None
+) -> Edges:
+    every = np.eye(n_senders(config), dtype=bool)
+    return cut_senders(config, params, batch, metric, every, reference, chunk).total
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cuts:
+    """Falls of a metric when all edges from a set of senders into one receiver are cut.
+
+    Attributes:
+        total: what the metric says of the whole model, with C in the place of N.
+        own: [3,C,L,H,...] what a second metric says of the receiving head itself; q, k, v in front.
+    """
+
+    total: Edges
+    own: Any
+
+
+def cut_senders(
+    config: TransformerConfig,
+    params: Params,
+    batch: Batch,
+    metric: Metric,
+    sets: np.ndarray,
+    reference: Array | None = None,
+    chunk: int = CHUNK,
+    own: Metric = nothing,
+) -> Cuts:
+    """edge_effects for C sets of senders.
+
+    Exact, and cheaper than a run for each edge: what comes before the receiver is not repeated, and all heads of its
+    layer lose the senders in the same run, because they do not read each other. What follows runs for each edge.
+
+    Args:
+        sets: [C,N] bool, NumPy: which senders.
+        own: a metric [L,H,...] of every head, of which the receiver's is taken.
+        others: as in edge_effects; tokens are not checked, nothing is jitted.
+    """
+    logits, start = run(config, params, batch)
+    whole, own_whole = metric(logits, start, batch), own(logits, start, batch)
+    n_layers, n_heads = config.n_layers, config.n_heads
+
+    def cut(edges: Edges, n_done: int) -> tuple[Array, Activations]:
+        return run(config, params, batch, Interventions(edges=edges, edge_outputs=reference), start, n_done)
+
+    def into_heads(layer: int, name: str, chosen: Array) -> Any:
+        """Of one set, into each head of a layer: [H,...]."""
+        keep = jnp.ones((len(chosen), n_layers, n_heads)).at[:, layer].add(-chosen[:, None])
+        logits, seen = cut(Edges(**{name: keep}), layer)
+
+        def into(head: Array) -> Any:
+            alone = _with_head_of(seen, start, layer, head)
+            return difference(whole, metric(*run(config, params, batch, start=alone, n_done=layer + 1), batch))
+
+        of_receiver = difference(_at(own_whole, layer), _at(own(logits, seen, batch), layer))
+        return in_chunks(into, jnp.arange(n_heads), chunk), of_receiver
+
+    def into_mlp(layer: int, chosen: Array) -> Any:
+        keep = jnp.ones((len(chosen), n_layers)).at[:, layer].add(-chosen)
+        return difference(whole, metric(*cut(Edges(mlp=keep), layer + 1), batch))
+
+    def into_logits(chosen: Array) -> Any:
+        return difference(whole, metric(*cut(Edges(logits=1.0 - chosen), n_layers), batch))
+
+    def of_sets(receiver: str, function: Callable[[Array], Any], at_once: int) -> Any:
+        """[C,...]: 0 for sets of which the receiver reads nothing."""
+        rows = np.flatnonzero(sets[:, : graph.n_read(config, receiver)].any(1))
+        shapes = jax.eval_shape(function, jnp.zeros(sets.shape[1]))
+        zeros = jax.tree.map(lambda x: jnp.zeros((len(sets), *x.shape), x.dtype), shapes)
+        if not len(rows):
+            return zeros
+        found = in_chunks(function, jnp.asarray(sets[rows], jnp.float32), at_once)
+        return jax.tree.map(lambda x, y: x.at[rows].set(y), zeros, found)
+
+    def layers(of_layer: Callable[[int], Any]) -> Any:
+        """[C,L,...]."""
+        return jax.tree.map(lambda *x: jnp.stack(x, 1), *map(of_layer, range(n_layers)))
+
+    def heads(name: str) -> Any:
+        at_once = max(1, chunk // n_heads)
+        return layers(lambda layer: of_sets(f"{layer}.0.{name}", partial(into_heads, layer, name), at_once))
+
+    (q, own_q), (k, own_k), (v, own_v) = map(heads, graph.INPUTS)
+    mlp = layers(lambda layer: of_sets(f"{layer}.mlp", partial(into_mlp, layer), chunk)) if config.d_mlp else None
+    total = Edges(q, k, v, mlp, of_sets("logits", into_logits, chunk))
+    return Cuts(total, jax.tree.map(lambda *x: jnp.stack(x), own_q, own_k, own_v))
+
+
+def _with_head_of(seen: Activations, start: Activations, layer: int, head: Array) -> Activations:
+    """start, in which one head does what it does in seen."""
+    new, old = seen.head_outputs[:, layer, head], start.head_outputs[:, layer, head]
+    return dataclasses.replace(
+        start,
+        scores=start.scores.at[:, layer, head].set(seen.scores[:, layer, head]),
+        patterns=start.patterns.at[:, layer, head].set(seen.patterns[:, layer, head]),
+        head_outputs=start.head_outputs.at[:, layer, head].set(new),
+        attention_outputs=start.attention_outputs.at[:, layer].add(new - old),
+    )
+
+
+def _at(tree: Any, layer: int) -> Any:
+    return jax.tree.map(lambda x: x[layer], tree)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EdgeEffects:
-    """Edges cut into the q, k and v input of a receiving head; the first axis is that input.
+    """Edges from head to head cut into the q, k and v input of a receiver; the first axis is that input.
 
     Attributes:
         loss: [3,L,H,L,H] rise of the loss in nats when the edge sender -> receiver alone is cut.
         induction: [3,L,H,L,H] fall of the receiver's own induction attention, in [-1, 1].
-        joint_loss, joint_induction: [3,L,H] the same with the edges from all senders into the receiver cut at once,
+        joint_loss, joint_induction: [3,L,H] the same with the edges from all heads into the receiver cut at once,
             which redundant senders cannot hide.
 
     Zero where the sender is not in an earlier layer.
@@ -50,33 +331,8 @@ class EdgeEffects:
     joint_induction: Array
 
 
-def ablate_heads(config: TransformerConfig, params: Params, batch: Batch) -> HeadEffects:
-    """Zero-ablates every head, one at a time, in one vmap.
-
-    Args:
-        config, params: the model.
-        batch: B sequences; the loss is over batch.mask.
-
-    Raises:
-        ValueError: a token out of the vocabulary, too long a sequence.
-    """
-    check_tokens(config, batch.tokens)
-    return _ablate_heads(config, params, batch)
-
-
-@partial(jax.jit, static_argnums=0)
-def _ablate_heads(config: TransformerConfig, params: Params, batch: Batch) -> HeadEffects:
-    shape = (config.n_layers, config.n_heads)
-    n = math.prod(shape)
-    scales = jnp.concatenate([jnp.ones((1, n)), 1.0 - jnp.eye(n)]).reshape(n + 1, *shape)  # the first changes nothing
-    loss, induction = jax.vmap(lambda scale: _outcome(config, params, batch, Interventions(head_scale=scale)))(scales)
-    return HeadEffects(
-        loss=(loss[1:] - loss[0]).reshape(shape), induction=(induction[0] - induction[1:]).reshape(*shape, *shape)
-    )
-
-
-def cut_edges(config: TransformerConfig, params: Params, batch: Batch) -> EdgeEffects:
-    """Cuts every edge from a head to a head of a later layer, through q, k and v, one at a time, in one vmap.
+def cut_edges(config: TransformerConfig, params: Params, batch: Batch, chunk: int = CHUNK) -> EdgeEffects:
+    """Cuts every edge from a head to a head of a later layer: what that does to repeats. edge_effects has all edges.
 
     A single edge h0 -> h1 is scored by what its cut does to h1's own induction attention: other heads that do the
     same job hide it from the loss.
@@ -84,52 +340,23 @@ def cut_edges(config: TransformerConfig, params: Params, batch: Batch) -> EdgeEf
     Args:
         config, params: the model.
         batch: B sequences with repeats; the loss is over batch.mask.
+        chunk: how many runs are held in memory at once.
 
     Raises:
         ValueError: a token out of the vocabulary, too long a sequence.
     """
     check_tokens(config, batch.tokens)
-    return _cut_edges(config, params, batch)
+    return _cut_edges(config, chunk, params, batch)
 
 
-@partial(jax.jit, static_argnums=0)
-def _cut_edges(config: TransformerConfig, params: Params, batch: Batch) -> EdgeEffects:
-    n_layers, n_heads = config.n_layers, config.n_heads
-    shape = (3, n_layers, n_heads, n_layers, n_heads)
-    edges = np.array([index for index in np.ndindex(*shape) if index[1] < index[3]], int).reshape(-1, 5)
-    receivers = np.array([index for index in np.ndindex(3, n_layers, n_heads) if index[1] > 0], int).reshape(-1, 3)
-
-    keep = np.ones((1 + len(edges) + len(receivers), *shape), np.float32)  # the first changes nothing
-    for row, (path, *edge) in enumerate(edges, start=1):
-        keep[(row, path, *edge)] = 0.0
-    for row, (path, layer, head) in enumerate(receivers, start=1 + len(edges)):
-        keep[row, path, :, :, layer, head] = 0.0
-
-    def outcome(scale: Array) -> tuple[Array, Array]:
-        q, k, v = scale
-        return _outcome(config, params, batch, Interventions(q_edges=q, k_edges=k, v_edges=v))
-
-    loss, induction = jax.vmap(outcome)(jnp.asarray(keep))
-    rise, fall = loss[1:] - loss[0], induction[0] - induction[1:]
-    read_by = np.concatenate([edges[:, -2:], receivers[:, -2:]])
-    fall = fall[np.arange(len(fall)), read_by[:, 0], read_by[:, 1]]
-    at_edges, at_receivers = tuple(edges.T), tuple(receivers.T)
-    single, joint = jnp.zeros(shape), jnp.zeros((3, n_layers, n_heads))
-    n = len(edges)
+@partial(jax.jit, static_argnums=(0, 1))
+def _cut_edges(config: TransformerConfig, chunk: int, params: Params, batch: Batch) -> EdgeEffects:
+    one = np.eye(n_senders(config), dtype=bool)[graph.head_senders(config).ravel()]
+    sets = np.concatenate([one, one.any(0)[None]])
+    cuts = cut_senders(config, params, batch, log_likelihood, sets, None, chunk, own=induction_attention)
+    rise = jnp.stack([cuts.total.q, cuts.total.k, cuts.total.v])  # [3,LH+1,L,H]
+    shape = (3, config.n_layers, config.n_heads, config.n_layers, config.n_heads)
     return EdgeEffects(
-        loss=single.at[at_edges].set(rise[:n]),
-        induction=single.at[at_edges].set(fall[:n]),
-        joint_loss=joint.at[at_receivers].set(rise[n:]),
-        joint_induction=joint.at[at_receivers].set(fall[n:]),
-    )
-
-
-def _outcome(
-    config: TransformerConfig, params: Params, batch: Batch, interventions: Interventions
-) -> tuple[Array, Array]:
-    """Loss and the induction attention [L,H] of every head, over the positions in batch.mask."""
-    with jax.default_matmul_precision("highest"):
-        logits, seen = jax.vmap(lambda tokens: apply(config, params, tokens, interventions))(batch.tokens)
-    per_head = jax.vmap(jax.vmap(patterns.induction, (0, None, None)), (0, None, None))
-    induction = jax.vmap(per_head)(seen.patterns, batch.tokens, batch.mask)
-    return next_token_loss(logits, batch), patterns.mean_over_sequences(induction, patterns.after_copies, batch)
+        loss=rise[:, :-1].reshape(shape), induction=cuts.own[:, :-1].reshape(shape),
+        joint_loss=rise[:, -1], joint_induction=cuts.own[:, -1],
+    )  # fmt: skip

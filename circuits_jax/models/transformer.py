@@ -22,7 +22,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from circuits_jax.models.config import Norm, TransformerConfig
-from circuits_jax.models.interventions import Interventions
+from circuits_jax.models.interventions import Edges, Interventions, batch_axes, check
+from circuits_jax.models.residual import Senders, change_residual, plus, replaced
 from circuits_jax.models.rotary import rotate
 
 Params = dict[str, Any]
@@ -79,28 +80,41 @@ def repeat_groups(x: Array, n_heads: int, axis: int = 0) -> Array:
     return x if n_groups == n_heads else jnp.repeat(x, n_heads // n_groups, axis)
 
 
-def project(x: Array, weights: Array, n_heads: int) -> Array:
-    """x W for all heads: [T,D] shared or [H,T,D] per-head inputs, weights [G,D,K] -> [H,T,K].
+Read = tuple[Array, Array | None]
+"""What is read through one input: [T,D], and what interventions add to that, [H,T,D] head by head ([T,D] for one).
 
-    A shared input is one [T,D] x [D,GK] product, 1.6x faster on CPU than an einsum over heads.
+They are kept apart and multiplied apart, so that an intervention that changes nothing changes no bit.
+"""
+
+
+def project(read: Read, weights: Array, n_heads: int) -> Array:
+    """What all heads read, times their weights [G,D,K]: [H,T,K].
+
+    What they share is one [T,D] x [D,GK] product, 1.6x faster on CPU than an einsum over heads.
     """
-    if x.ndim == 3:
-        return jnp.einsum("htd,hdk->htk", x, repeat_groups(weights, n_heads))
+    shared, own = read
     g, d, k = weights.shape
     flat = weights.transpose(1, 0, 2).reshape(d, g * k)
-    return repeat_groups((x @ flat).reshape(-1, g, k).transpose(1, 0, 2), n_heads)
+    projected = repeat_groups((shared @ flat).reshape(-1, g, k).transpose(1, 0, 2), n_heads)
+    return projected if own is None else projected + jnp.einsum("htd,hdk->htk", own, repeat_groups(weights, n_heads))
+
+
+def times(read: Read, weights: Array) -> Array:
+    """What one receiver reads, times its weights: [T,D] x [D,N]."""
+    shared, own = read
+    return shared @ weights if own is None else shared @ weights + own @ weights
 
 
 class Attention(nn.Module):
-    """All heads of one layer on normed inputs, each [T,D] or [H,T,D]: pattern softmax(q k^T / sqrt(K)) v W_O."""
+    """All heads of one layer on normed inputs: pattern softmax(q k^T / sqrt(K)) v W_O."""
 
     config: TransformerConfig
 
     @nn.compact
     def __call__(
-        self, x_q: Array, x_k: Array, x_v: Array, head_scale: Array | None
+        self, read_q: Read, read_k: Read, read_v: Read, interventions: Interventions
     ) -> tuple[Array, tuple[Array, Array, Array]]:
-        """-> output [T,D], (scores [H,T,T], pattern [H,T,T], head outputs [H,T,D]); head_scale [H] scales z."""
+        """-> output [T,D], (scores [H,T,T], pattern [H,T,T], head outputs [H,T,D]); interventions on this layer."""
         config = self.config
         n_heads, n_groups, d_head, d_model = config.n_heads, config.n_groups, config.d_head, config.d_model
         read = _initializer(config, fan_in=d_model)
@@ -108,7 +122,7 @@ class Attention(nn.Module):
         w_k, w_v = (self.param(name, read, (n_groups, d_model, d_head)) for name in ("W_K", "W_V"))
         w_o = self.param("W_O", _initializer(config, fan_in=n_heads * d_head), (n_heads, d_head, d_model))
 
-        q, k, v = (project(x, w, n_heads) for x, w in ((x_q, w_q), (x_k, w_k), (x_v, w_v)))
+        q, k, v = (project(x, w, n_heads) for x, w in ((read_q, w_q), (read_k, w_k), (read_v, w_v)))
         if config.bias:
             zeros = nn.initializers.zeros
             q = q + self.param("b_Q", zeros, (n_heads, d_head))[:, None]
@@ -118,14 +132,17 @@ class Attention(nn.Module):
         if config.positions == "rotary":
             q, k = (rotate(x, jnp.arange(length), config.rotary) for x in (q, k))
 
-        scores = q @ k.transpose(0, 2, 1) / math.sqrt(d_head)
+        scores = jnp.einsum("htk,hsk->hts", q, k) / math.sqrt(d_head)
         causal = jnp.tril(jnp.ones((length, length), bool))
-        pattern = jax.nn.softmax(scores, axis=-1, where=causal)
+        pattern = replaced(jax.nn.softmax(scores, axis=-1, where=causal), interventions.patterns)
         z = pattern @ v
-        if head_scale is not None:
-            z = z * head_scale[:, None, None]
-        head_outputs = jnp.einsum("htk,hkd->htd", z, w_o)
+        if interventions.head_scale is not None:
+            z = z * interventions.head_scale[:, None, None]
+        written = jnp.einsum("htk,hkd->htd", z, w_o)
+        head_outputs = replaced(written, interventions.head_outputs)
         output = z.transpose(1, 0, 2).reshape(length, -1) @ w_o.reshape(-1, d_model)
+        if interventions.head_outputs is not None:
+            output = output + (head_outputs - written).sum(0)
         if config.bias:
             output = output + self.param("b_O", nn.initializers.zeros, (d_model,))
         return output, (scores, pattern, head_outputs)
@@ -137,15 +154,26 @@ class MLP(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, read: Read) -> Array:
         """[T,D] -> [T,D]."""
         config = self.config
         d_model, d_mlp = config.d_model, config.d_mlp
-        hidden = x @ self.param("W_in", _initializer(config, fan_in=d_model), (d_model, d_mlp))
+        hidden = times(read, self.param("W_in", _initializer(config, fan_in=d_model), (d_model, d_mlp)))
         if config.bias:
             hidden = hidden + self.param("b_in", nn.initializers.zeros, (d_mlp,))
         output = nn.gelu(hidden) @ self.param("W_out", _initializer(config, fan_in=d_mlp), (d_mlp, d_model))
         return output + self.param("b_out", nn.initializers.zeros, (d_model,)) if config.bias else output
+
+
+def read_through(norm: Normalize, x: Array, changed: Array) -> Read:
+    """What is read of a residual stream x [T,D] of which interventions leave `changed`, [T,D] or [H,T,D]."""
+    shared = norm(x)
+    if changed is x:
+        return shared, None
+    own = norm(changed) - shared
+    # XLA may round the two norms differently. Rows that are as they were get exactly 0, and keep their gradient.
+    same = (changed == x).all(-1, keepdims=True)
+    return shared, own - jax.lax.stop_gradient(jnp.where(same, own, 0.0))
 
 
 class Block(nn.Module):
@@ -156,27 +184,45 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, positions: Array | float, senders: list[Array], interventions: Interventions
-    ) -> tuple[Array, tuple[Array, ...]]:
-        """The residual stream x [T,D] after the layer, and the layer's fields of Activations after the first.
+        self,
+        x: Array,
+        positions: Array | float,
+        senders: Senders,
+        interventions: Interventions,
+        done: Activations | None,
+    ) -> tuple[Array, tuple[Array, ...], Senders]:
+        """The residual stream x [T,D] after the layer, the layer's fields of Activations after the first, the senders.
 
         Args:
             x: [T,D].
             positions: [T,D], added to what q and k read.
-            senders: head outputs [H,T,D] of every earlier layer.
+            senders: everything that was written before the layer.
             interventions: on the whole model.
+            done: what the heads of this layer do, without L, or None to compute it.
         """
-        norm = Normalize(self.config.norm, name="attention_norm")
-        edges = (interventions.q_edges, interventions.k_edges, interventions.v_edges)
-        read_q, read_k, read_v = (norm(read_through(x, senders, scale, self.layer)) for scale in edges)
-        scale = None if interventions.head_scale is None else interventions.head_scale[self.layer]
-        attention = Attention(self.config, name="attention")
-        output, seen = attention(read_q + positions, read_k + positions, read_v, scale)
-        x = x + output
+        layer, here = self.layer, interventions.at_layer(self.layer)
+        edges = interventions.edges or Edges()
+        if done is None:
+            norm = Normalize(self.config.norm, name="attention_norm")
+            (shared, q), (_, k), (_, v) = (
+                read_through(norm, x, plus(senders.read(x, into, layer), added))
+                for into, added in ((edges.q, here.q_added), (edges.k, here.k_added), (edges.v, here.v_added))
+            )
+            attention = Attention(self.config, name="attention")
+            output, (scores, pattern, head_outputs) = attention(
+                (shared + positions, q), (shared + positions, k), (shared, v), here
+            )
+        else:
+            output, scores, pattern, head_outputs = (
+                done.attention_outputs, done.scores, done.patterns, done.head_outputs,
+            )  # fmt: skip
+        x, senders = x + output, senders.and_(head_outputs)
         mlp_output = jnp.zeros_like(x)
         if self.config.d_mlp:
-            mlp_output = MLP(self.config, name="mlp")(Normalize(self.config.norm, name="mlp_norm")(x))
-        return x + mlp_output, (*seen, output, mlp_output)
+            read = read_through(Normalize(self.config.norm, name="mlp_norm"), x, senders.read(x, edges.mlp, layer))
+            mlp_output = replaced(MLP(self.config, name="mlp")(read), here.mlp_outputs)
+            x, senders = x + mlp_output, senders.and_(mlp_output[None])
+        return x, (scores, pattern, head_outputs, output, mlp_output), senders
 
 
 class Transformer(nn.Module):
@@ -189,54 +235,39 @@ class Transformer(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, tokens: Array, interventions: Interventions | None = None) -> tuple[Array, Activations]:
-        """Tokens [T] -> logits [T,V], Activations."""
+    def __call__(
+        self, tokens: Array, interventions: Interventions, start: Activations | None, n_done: int
+    ) -> tuple[Array, Activations]:
+        """Tokens [T] -> logits [T,V], Activations; start and n_done as in apply."""
         config = self.config
         embed = _initializer(config, fan_in=config.d_model)
         w_e = self.param("W_E", embed, (config.n_vocab, config.d_model))
         # Under jit a token cannot be checked: one out of range becomes NaN logits, never another token.
-        x = config.embedding_scale * w_e.at[tokens].get(mode="fill", wrap_negative_indices=False)
+        x = config.embedding_scale * jnp.asarray(w_e).at[tokens].get(mode="fill", wrap_negative_indices=False)
         positions: Array | float = 0.0
         if config.positions in ("learned", "shortformer"):
             positions = self.param("W_P", embed, (config.n_context, config.d_model))[: len(tokens)]
         if config.positions == "learned":
             x, positions = x + positions, 0.0
 
-        residual = [x]
-        seen: list[tuple[Array, ...]] = []
-        senders: list[Array] = []
+        senders = Senders((), interventions.edge_outputs).and_(x[None])
+        x, senders = change_residual(x, senders, interventions, 0)
+        residual, seen = [x], []
         for layer in range(config.n_layers):
             block = Block(config, layer, name=f"layer_{layer}")
-            x, (scores, pattern, head_outputs, *outputs) = block(
-                x, positions, senders, interventions or Interventions()
-            )
+            done = None if start is None or layer >= n_done else jax.tree.map(lambda a, at=layer: a[at], start)
+            x, of_layer, senders = block(x, positions, senders, interventions, done)
+            seen.append(of_layer)
+            x, senders = change_residual(x, senders, interventions, layer + 1)
             residual.append(x)
-            seen.append((scores, pattern, head_outputs, *outputs))
-            senders.append(head_outputs)
 
-        final = Normalize(config.norm, name="final_norm")(x)
+        changed = senders.read(x, None if interventions.edges is None else interventions.edges.logits)
+        read = read_through(Normalize(config.norm, name="final_norm"), x, changed)
         w_u = w_e.T if config.tied else self.param("W_U", embed, (config.d_model, config.n_vocab))
-        logits = final @ w_u
+        logits = times(read, w_u)
         if config.bias:
             logits = logits + self.param("b_U", nn.initializers.zeros, (config.n_vocab,))
         return logits, Activations(jnp.stack(residual), *(jnp.stack(field) for field in zip(*seen, strict=True)))
-
-
-def read_through(x: Array, senders: list[Array], edges: Array | None, layer: int) -> Array:
-    """What each head of a layer reads when the edges into it are scaled: x_h = x - sum_a (1 - e_ah) o_a.
-
-    Args:
-        x: [T,D] residual stream in front of the layer.
-        senders: head outputs o [H,T,D] of every earlier layer.
-        edges: e [L,H,L,H], sender then receiver, 1 keeps and 0 cuts; None means all kept.
-        layer: the receiving layer.
-
-    Returns:
-        [H,T,D], or x itself when nothing can be cut.
-    """
-    if edges is None or not senders:
-        return x
-    return x - jnp.einsum("latd,lah->htd", jnp.stack(senders), 1.0 - edges[:layer, :, layer])
 
 
 def _initializer(config: TransformerConfig, fan_in: int) -> nn.initializers.Initializer:
@@ -245,7 +276,7 @@ def _initializer(config: TransformerConfig, fan_in: int) -> nn.initializers.Init
 
 def init_params(config: TransformerConfig, key: Array) -> Params:
     """Random parameters as a plain dict; vmap over keys for many seeds."""
-    return Transformer(config).init(key, jnp.zeros(1, jnp.int32))["params"]
+    return Transformer(config).init(key, jnp.zeros(1, jnp.int32), Interventions(), None, 0)["params"]
 
 
 def forward(
@@ -257,14 +288,16 @@ def forward(
         config: the model.
         params: what init_params returned for this config.
         tokens: integers in [0, V), T at most n_context.
-        interventions: what to change on the way; None changes nothing and costs nothing.
+        interventions: what to change on the way, the same in all sequences or one for each (B in front of an array);
+            None changes nothing and costs nothing.
 
     Returns:
         Logits [T,V] and Activations, with B in front for a batch.
 
     Raises:
-        ValueError: wrong rank, dtype or length, or a token out of the vocabulary. Traced tokens (under jit or vmap)
-            cannot be checked for their values: there a token out of range makes the logits of its sequence NaN.
+        ValueError: wrong rank, dtype or length, a token out of the vocabulary, or an intervention of another shape.
+            Traced tokens (under jit or vmap) cannot be checked for their values: there a token out of range makes the
+            logits of its sequence NaN.
     """
     tokens = check_tokens(config, tokens)
     return _forward(config, params, tokens, interventions)
@@ -274,29 +307,49 @@ def forward(
 def _forward(
     config: TransformerConfig, params: Params, tokens: Array, interventions: Interventions | None
 ) -> tuple[Array, Activations]:
-    def of_sequence(sequence: Array) -> tuple[Array, Activations]:
-        return apply(config, params, sequence, interventions)
-
-    return jax.vmap(of_sequence)(tokens) if tokens.ndim == 2 else of_sequence(tokens)
+    if tokens.ndim == 1:
+        return apply(config, params, tokens, interventions)
+    return apply_batch(config, params, tokens, interventions or Interventions())
 
 
 def apply(
-    config: TransformerConfig, params: Params, tokens: Array, interventions: Interventions | None = None
+    config: TransformerConfig,
+    params: Params,
+    tokens: Array,
+    interventions: Interventions | None = None,
+    start: Activations | None = None,
+    n_done: int = 0,
 ) -> tuple[Array, Activations]:
-    """forward for one sequence [T], tokens unchecked and not jitted: the building block of other compiled programs."""
-    if interventions is not None:
-        check_interventions(config, interventions)
+    """forward for one sequence [T], tokens unchecked and not jitted: the building block of other compiled programs.
+
+    Args:
+        config, params, tokens, interventions: as in forward.
+        start: what an earlier run of the same tokens saw.
+        n_done: in how many layers the heads do what they did in start, whatever the interventions. Under vmap over
+            interventions these layers are not repeated, as far as nothing in front of them changes.
+    """
+    interventions = interventions or Interventions()
+    check(config, interventions, len(tokens))
+    done = Transformer(config).apply({"params": params}, tokens, interventions, start, n_done)
     # Linen's apply is typed for modules that also return updated variables.
-    return cast(tuple[Array, Activations], Transformer(config).apply({"params": params}, tokens, interventions))
+    return cast(tuple[Array, Activations], done)
 
 
-def check_interventions(config: TransformerConfig, interventions: Interventions) -> None:
-    """Raises ValueError that names the first array of another shape than the model's."""
-    heads = (config.n_layers, config.n_heads)
-    for name, value in vars(interventions).items():
-        wanted = heads if name == "head_scale" else heads * 2
-        if value is not None and jnp.shape(value) != wanted:
-            raise ValueError(f"{name} must have shape {list(wanted)}; got {list(jnp.shape(value))}")
+def apply_batch(
+    config: TransformerConfig,
+    params: Params,
+    tokens: Array,
+    interventions: Interventions,
+    start: Activations | None = None,
+    n_done: int = 0,
+) -> tuple[Array, Activations]:
+    """apply for sequences [B,T]; arrays of the interventions may have B in front, those of start do."""
+    axes = batch_axes(config, interventions, tokens.shape[1], len(tokens))
+
+    def one(sequence: Array, interventions: Interventions, start: Activations | None) -> tuple[Array, Activations]:
+        return apply(config, params, sequence, interventions, start, n_done)
+
+    return jax.vmap(one, (0, axes, 0))(tokens, interventions, start)
 
 
 def check_tokens(config: TransformerConfig, tokens: ArrayLike) -> Array:

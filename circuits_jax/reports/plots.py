@@ -96,7 +96,10 @@ def tables(maps: Mapping[str, tuple[np.ndarray, Sequence[str], Sequence[str]]], 
         cols=len(maps), rows=1, subplot_titles=list(maps), horizontal_spacing=0.14, column_widths=widths
     )
     for place, (values, columns, rows) in enumerate(maps.values(), start=1):
-        text = [[f"{value:.3f}".rstrip("0").rstrip(".") if value else "" for value in row] for row in values]
+        text = [
+            ["" if value == 0 or np.isnan(value) else f"{value:.3f}".rstrip("0").rstrip(".") for value in row]
+            for row in values
+        ]
         cells = go.Heatmap(
             z=values, x=list(columns), y=list(rows), zmin=0.0, zmax=1.0, colorscale=SEQUENTIAL, text=text,
             texttemplate="%{text}", showscale=place == len(maps), xgap=1, ygap=1,
@@ -105,6 +108,10 @@ def tables(maps: Mapping[str, tuple[np.ndarray, Sequence[str], Sequence[str]]], 
         figure.add_trace(cells, row=1, col=place)
         figure.update_yaxes(autorange="reversed", row=1, col=place)
     return _layout(figure, 520, title)
+
+
+def _short(value: float) -> str:
+    return "" if value == 0 or np.isnan(value) else f"{value:.3f}".rstrip("0").rstrip(".")
 
 
 def lines(panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], title: str, x_title: str) -> go.Figure:
@@ -157,3 +164,19 @@ def scatter(groups: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str, x_t
     figure.update_yaxes(title=y_title, scaleanchor="x", constrain="domain")
     figure.update_xaxes(constrain="domain")
     return _layout(figure, 540, title)
+
+
+def scatters(panels: Mapping[tuple[str, str], Mapping[str, tuple[np.ndarray, np.ndarray]]], title: str) -> go.Figure:
+    """Panels of points side by side, {(x title, y title): {group: (x, y)}}; a group has one colour in all of them."""
+    figure = make_subplots(cols=len(panels), rows=1, horizontal_spacing=0.08)
+    groups = list(dict.fromkeys(name for panel in panels.values() for name in panel))
+    for place, ((x_title, y_title), panel) in enumerate(panels.items(), start=1):
+        for name, (x, y) in panel.items():
+            marker = {"color": COLOURS[groups.index(name) % len(COLOURS)], "size": 5, "opacity": 0.5}
+            points = go.Scatter(
+                x=x, y=y, mode="markers", name=name, marker=marker, legendgroup=name, showlegend=place == 1
+            )
+            figure.add_trace(points, row=1, col=place)
+        figure.update_xaxes(title=x_title, row=1, col=place)
+        figure.update_yaxes(title=y_title, row=1, col=place)
+    return _layout(figure, 420, title)

@@ -2,8 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,29 +83,6 @@ jax.tree_util.register_dataclass(Heads, [field.name for field in dataclasses.fie
 
 
 # --- what was looked at, to and from files ---
-
-
-def flat(found: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
-    """Nested dictionaries of arrays as one, names joined by "/"."""
-    out: dict[str, np.ndarray] = {}
-    for name, value in found.items():
-        out |= flat(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {prefix + name: np.asarray(value)}
-    return out
-
-
-def save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes the file as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        np.savez_compressed(file, **dict(arrays))  # type: ignore[arg-type]
-    part.replace(path)
-
-
-def load(path: Path) -> dict[str, np.ndarray]:
-    """What save wrote."""
-    with np.load(path) as file:
-        return dict(file)
 
 
 def roles(recipe: Recipe, place: np.ndarray) -> np.ndarray:

@@ -59,6 +59,12 @@ def _compare(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
         )
 
 
+def check_name(name: str) -> None:
+    """Raises ValueError for the name of a run folder that is more than a name."""
+    if Path(name).name != name or name in (".", ".."):
+        raise ValueError(f"--name must be a plain folder name; got {name!r}; --runs-dir says where it goes")
+
+
 def provenance() -> dict[str, Any]:
     """Versions and device, as JSON values."""
     packages = ("circuits-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

@@ -1,0 +1,257 @@
+"""What do weight-only scores say about causal effects? Every score against every effect, on trained and planted models.
+
+    python experiments/weights_versus_effects.py            32 seeds of two kinds of positions, and planted models
+    python experiments/weights_versus_effects.py --smoke    a quick check that everything runs
+
+Trains the models of the main job (random-period repeats, 2 layers x 4 heads), plants circuits in others
+(models/planted.py), and takes of every head and every edge between heads all weight-only scores and all causal effects:
+ablations, cut edges, direct logits, and attribution by gradients. Then, for each pair of score and effect: AUROC, rank
+correlation, precision and recall at one threshold that is shared by all models, fitted on half of them and reported on
+the other half. Where score and effect disagree, a measurement says why: dormant heads, out-of-subspace inputs,
+redundant senders, another function.
+
+Writes runs/<name>/: config.json, checkpoints/, parts/ (what was measured, so that the same command resumes a run that
+was stopped), results.zarr, summary.json and report.html.
+"""
+
+import os
+
+# Before jax is imported: the threads of OpenBLAS would spin against those of XLA.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import dataclasses
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax import Array
+from rich.console import Console
+
+from circuits_jax.circuits.weights import CircuitWeights
+from circuits_jax.heads import comparison
+from circuits_jax.models.config import Positions, TransformerConfig
+from circuits_jax.models.planted import plant
+from circuits_jax.models.planted_recipes import PlantedPositions, Recipe, recipes
+from circuits_jax.models.transformer import Params
+from circuits_jax.reports import page, results, run_folder, scores_and_effects
+from circuits_jax.reports import parts as kept_parts
+from circuits_jax.reports.console import parts_bar, print_table
+from circuits_jax.tasks.batch import Batch, sample_batch
+from circuits_jax.tasks.repeated_tokens import RepeatedTokens
+from circuits_jax.training import devices
+from circuits_jax.training.sweep import sweep
+from circuits_jax.training.train import Optimization
+
+EVALUATION_SEED = 2**31 - 2  # seeds of runs are smaller in practice; data of a run never comes from this key
+AT_ONCE = 8  # models that one call of the compiled analysis takes
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to compare; the defaults are those of the README."""
+
+    seeds: int = 32
+    """Trained models of each kind of positions."""
+    first_seed: int = 5000
+    """The runs are first_seed, first_seed + 1, ...: not those on which the scores of the main job were settled."""
+    positions: tuple[Positions, ...] = ("shortformer", "learned")
+    """Kinds of positions of the trained models."""
+    steps: int = 500
+    """Updates of each run."""
+    planted: int = 4
+    """Planted models of each recipe and kind of positions at each noise level."""
+    planted_positions: tuple[PlantedPositions, ...] = ("learned", "shortformer", "rotary")
+    """Kinds of positions of the planted models."""
+    noise: tuple[float, ...] = (0.0, 0.5)
+    """Noise levels of the planted models."""
+    key: int = 11
+    """From which the planted models, and the inputs and nulls of scores, are drawn."""
+    n_evaluation: int = 64
+    """Sequences on which effects are measured."""
+    smoke: bool = False
+    """2 seeds, 100 updates and few planted models, in a folder of their own: does everything run?"""
+    name: str = ""
+    """Of the run folder; weights_versus_effects when left out, with _smoke."""
+    runs_dir: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("runs")
+    """Where run folders are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Models of one shape that are made and looked at together.
+
+    Attributes:
+        name: of the part, and of its file.
+        family: "trained" or "planted".
+        config: of the models.
+        make: () -> params with M in front, and the planted edges [M,3,L,H,L,H] (none of trained models).
+        task: what effects are measured on, without a start token.
+        bos: start token, or None.
+    """
+
+    name: str
+    family: str
+    config: TransformerConfig
+    make: Callable[[], tuple[Params, np.ndarray]]
+    task: RepeatedTokens
+    bos: int | None
+
+
+def parts(settings: Settings, folder: Path) -> list[Part]:
+    """Everything to look at."""
+    out = []
+    task = RepeatedTokens(min_period=6, max_period=12, n_vocab=32, n_context=24)
+    for positions in settings.positions:
+        config = TransformerConfig(n_vocab=32, n_context=24, n_layers=2, n_heads=4, d_model=64, positions=positions)
+        make = partial(make_trained, config, task, settings, folder / "checkpoints" / positions)
+        out.append(Part(f"trained-{positions}", "trained", config, make, task, None))
+    for number, kind in enumerate(settings.planted_positions):
+        models = recipes(kind)
+        if settings.smoke:
+            models = {name: models[name] for name in ("k_induction", "decoys")}
+        for i, (name, recipe) in enumerate(models.items()):
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(settings.key), number), i)
+            bos, length = recipe.n_vocab - 1, recipe.n_context - 1
+            repeats = RepeatedTokens(min_period=6, max_period=11, n_vocab=bos, n_context=length)
+            make = partial(make_planted, recipe, key, settings)
+            out.append(Part(f"planted-{kind}-{name}", "planted", recipe.config, make, repeats, bos))
+    return out
+
+
+def make_trained(
+    config: TransformerConfig, task: RepeatedTokens, settings: Settings, folder: Path
+) -> tuple[Params, np.ndarray]:
+    """Runs of the main job; those that diverged are left out."""
+    seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
+    run = sweep(config, Optimization(), task, seeds, [0, settings.steps], nothing_measured, folder)
+    sound = ~run.diverged
+    edges = np.zeros((int(sound.sum()), 3, *(config.n_layers, config.n_heads) * 2), bool)
+    return jax.tree.map(lambda x: jnp.asarray(x[sound]), run.params), edges
+
+
+def nothing_measured(params: Params) -> dict[str, Array]:
+    """Of these runs only the end counts."""
+    return {}
+
+
+def make_planted(recipe: Recipe, key: Array, settings: Settings) -> tuple[Params, np.ndarray]:
+    """Models at every noise level."""
+    keys = jax.random.split(key, settings.planted * len(settings.noise))
+    levels = jnp.repeat(jnp.asarray(settings.noise, jnp.float32), settings.planted)
+    many = jax.jit(jax.vmap(partial(plant, recipe)), compiler_options=devices.quick_compilation())
+    planted = many(keys, levels)
+    return planted.params, np.asarray(planted.truth.edges)
+
+
+def evaluation_batch(part: Part, n_sequences: int) -> Batch:
+    """Repeats that no training run has seen, behind the start token if there is one."""
+    batch = sample_batch(part.task, jax.random.key(EVALUATION_SEED), 0, n_sequences)
+    if part.bos is None:
+        return batch
+    start = jnp.full((n_sequences, 1), part.bos, batch.tokens.dtype)
+    mask = jnp.concatenate([jnp.zeros((n_sequences, 1), bool), batch.mask], 1)
+    return Batch(jnp.concatenate([start, batch.tokens], 1), mask, {})
+
+
+@cache
+def analysis(config: TransformerConfig, longest: int, n_distractors: float, bos: int | None) -> Callable[..., Any]:
+    """All scores and effects of models stacked along M, one after the other; compiled once for each shape."""
+
+    def one(params: Params, key: Array, batch: Batch) -> dict[str, Any]:
+        weights = CircuitWeights.from_params(config, params)
+        queries = jnp.arange(config.n_context) < longest
+        head_key, edge_key = jax.random.split(key)
+        single, joint = comparison.effects_of_edges(config, params, batch)
+        return {
+            "head_scores": comparison.scores_of_heads(weights, queries, n_distractors, head_key, bos),
+            "edge_scores": comparison.scores_of_edges(weights, queries, n_distractors, edge_key),
+            "head_effects": comparison.effects_of_heads(config, params, batch) | joint,
+            "edge_effects": single,
+            "conditions": comparison.conditions(config, params, batch),
+        }
+
+    def mapped(params: Params, keys: Array, batch: Batch) -> dict[str, Any]:
+        return jax.lax.map(lambda both: one(both[0], both[1], batch), (params, keys))
+
+    return jax.jit(mapped, compiler_options=devices.quick_compilation())
+
+
+def look(part: Part, settings: Settings, folder: Path) -> scores_and_effects.Looked:
+    """Scores and effects of all models of a part; from its file, where a run before got that far."""
+    path = folder / "parts" / f"{part.name}.npz"
+    if not path.exists():
+        params, edges = part.make()
+        batch = evaluation_batch(part, settings.n_evaluation)
+        task = part.task
+        run = analysis(part.config, task.max_period, (task.min_period + task.max_period) / 2 - 1, part.bos)
+        keys = jax.random.split(jax.random.key(settings.key), len(edges))
+        found = []
+        n_models = len(edges)
+        for first in range(0, n_models, AT_ONCE):
+            # Always as many, the last ones twice if need be, so that models of one shape share one compiled program.
+            rows = np.minimum(np.arange(first, first + AT_ONCE), n_models - 1)
+            some = run(*jax.tree.map(lambda x, rows=rows: x[rows], (params, keys)), batch)
+            found.append(jax.tree.map(lambda x, n=n_models - first: np.asarray(x)[:n], some))
+        arrays = kept_parts.flat(jax.tree.map(lambda *x: np.concatenate(x), *found))
+        kept_parts.save(path, arrays | {"planted_edges": edges})
+    return scores_and_effects.Looked(part.name, part.family, kept_parts.load(path))
+
+
+def prepare(settings: Settings) -> tuple[Settings, Path]:
+    """Raises ValueError for settings that make no sense."""
+    for name in ("steps", "planted", "key", "n_evaluation"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(settings, name)}")
+    if settings.seeds < 2:
+        raise ValueError(f"--seeds must be at least 2, one half to fit thresholds on; got {settings.seeds}")
+    if settings.first_seed < 0 or settings.first_seed + settings.seeds >= EVALUATION_SEED:
+        raise ValueError(f"--first-seed and the seeds after it must be in [0, 2^31 - 2); got {settings.first_seed}")
+    if not settings.positions or not settings.planted_positions:
+        raise ValueError("--positions and --planted-positions must name at least one kind each")
+    if not settings.noise or min(settings.noise) < 0:
+        raise ValueError(f"--noise must be numbers of at least 0; got {settings.noise}")
+    if settings.smoke:
+        settings = dataclasses.replace(
+            settings, seeds=min(settings.seeds, 2), steps=min(settings.steps, 100), planted=1,
+            positions=settings.positions[:1], planted_positions=settings.planted_positions[:1],
+            n_evaluation=min(settings.n_evaluation, 16),
+        )  # fmt: skip
+    name = settings.name or "weights_versus_effects" + "_smoke" * settings.smoke
+    run_folder.check_name(name)
+    devices.use_all_cores(settings.seeds)
+    devices.keep_compilations()
+    return settings, settings.runs_dir / name
+
+
+def main(plan: tuple[Settings, Path]) -> None:
+    """Trains, plants, looks, compares, and writes the run folder."""
+    settings, folder = plan
+    console = Console()
+    kept = {**dataclasses.asdict(settings), "name": folder.name}
+    del kept["runs_dir"]
+    run_folder.open_run(folder, kept)
+    looked = []
+    to_do = parts(settings, folder)
+    with parts_bar(console) as progress:
+        bar = progress.add_task("trained and planted models", total=len(to_do))
+        for part in to_do:
+            progress.update(bar, description=part.name)
+            looked.append(look(part, settings, folder))
+            progress.update(bar, advance=1)
+    compared = scores_and_effects.compare(looked)
+    figures = scores_and_effects.figures(compared)
+    results.save(folder / "results.zarr", scores_and_effects.datasets(compared, kept))
+    run_folder.write_summary(folder, figures)
+    sections = scores_and_effects.sections(compared, figures)
+    run_folder.write_text(folder / "report.html", page.page("Weights versus effects", sections))
+    print_table(console, "Figures", *run_folder.figure_table(figures))
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run_folder.run_command(lambda: prepare(tyro.cli(Settings, description=__doc__)), main)
