@@ -34,12 +34,21 @@ from circuits_jax.circuits.spectra import (
 )
 from circuits_jax.circuits.token_space import TokenCircuit, key_preference, token_ov, token_qk, top_share
 from circuits_jax.circuits.weights import CircuitWeights, params_from_weights, per_query_head
+from circuits_jax.heads.attribution import Agreement, agreement, attribute_edges
+from circuits_jax.heads.circuit_quality import Quality, SetQuality, quality
 from circuits_jax.heads.composition_evidence import CompositionEvidence, composition_evidence
-from circuits_jax.heads.effects import EdgeEffects, HeadEffects, ablate_heads, cut_edges
+from circuits_jax.heads.direct_effects import DirectAttribution, direct_logit_attribution, term_importance
+from circuits_jax.heads.discovery import Discovery, discover, discover_by_attribution, discover_greedy
+from circuits_jax.heads.edge_effects import EdgeEffects, cut_edges, edge_effects
+from circuits_jax.heads.edge_sets import Circuit, circuit_of, faithfulness
+from circuits_jax.heads.effects import HeadEffects, PairEffects, ablate, ablate_heads, ablate_pairs
 from circuits_jax.heads.nulls import Null, benjamini_hochberg, p_value, spectral_null, z_score
+from circuits_jax.heads.outcomes import frozen_patterns, log_likelihood, logit_difference, values_under
+from circuits_jax.heads.patching import knock_out_direction, patch_edges, patch_heads, patch_mlps, patch_residual
 from circuits_jax.heads.taxonomy import HeadReport, classify_heads, classify_weights
 from circuits_jax.models.config import Rotary, TransformerConfig
-from circuits_jax.models.interventions import Interventions
+from circuits_jax.models.graph import cut, edge_names, keep_only
+from circuits_jax.models.interventions import Edges, Interventions, Replacement
 from circuits_jax.models.planted import Planted, plant
 from circuits_jax.models.planted_recipes import PlantedHead, Recipe
 from circuits_jax.models.transformer import Activations, forward, init_params
@@ -48,11 +57,16 @@ from circuits_jax.tasks.batch import Batch, accuracy, next_token_loss
 __all__ = [
     "SVD",
     "Activations",
+    "Agreement",
     "Batch",
+    "Circuit",
     "CircuitWeights",
     "CompositionEvidence",
     "CompositionScores",
+    "DirectAttribution",
+    "Discovery",
     "EdgeEffects",
+    "Edges",
     "Eigen",
     "Eigenvalues",
     "Entries",
@@ -61,39 +75,61 @@ __all__ = [
     "Interventions",
     "LowRank",
     "Null",
+    "PairEffects",
     "PathTerms",
     "Planted",
     "PlantedHead",
+    "Quality",
     "Recipe",
+    "Replacement",
     "Rotary",
+    "SetQuality",
     "SpectralSummary",
     "TokenAttribution",
     "TokenCircuit",
     "TransformerConfig",
+    "ablate",
     "ablate_heads",
+    "ablate_pairs",
     "accuracy",
+    "agreement",
+    "attribute_edges",
     "benjamini_hochberg",
+    "circuit_of",
     "classify_heads",
     "classify_weights",
     "component_scores",
     "composition_evidence",
     "composition_scores",
     "copying_score",
+    "cut",
     "cut_edges",
     "diagonal_gap",
+    "direct_logit_attribution",
     "directionality",
+    "discover",
+    "discover_by_attribution",
+    "discover_greedy",
+    "edge_effects",
+    "edge_names",
     "effective_rank",
     "eigenvalue_positivity",
     "eigenvalues",
     "eigenvectors",
     "energy_curve",
+    "faithfulness",
     "flatness",
     "forward",
+    "frozen_patterns",
     "init_params",
     "k_path",
     "k_path_gaps",
+    "keep_only",
     "key_preference",
+    "knock_out_direction",
     "leading_ratio",
+    "log_likelihood",
+    "logit_difference",
     "matching_score",
     "mean_qk",
     "next_token_loss",
@@ -103,6 +139,10 @@ __all__ = [
     "p_value",
     "params_from_weights",
     "participation_ratio",
+    "patch_edges",
+    "patch_heads",
+    "patch_mlps",
+    "patch_residual",
     "path_expansion",
     "per_query_head",
     "plant",
@@ -110,6 +150,7 @@ __all__ = [
     "projection_kernel",
     "qk",
     "qk_with_bias",
+    "quality",
     "same_layer_scores",
     "spectral_gaps",
     "spectral_null",
@@ -117,10 +158,12 @@ __all__ = [
     "subspace_overlap",
     "summarize",
     "symmetry",
+    "term_importance",
     "token_attribution",
     "token_ov",
     "token_qk",
     "top_share",
+    "values_under",
     "virtual_head",
     "z_score",
 ]

@@ -8,15 +8,10 @@ import numpy as np
 import pytest
 
 from circuits_jax import Batch, Interventions, TransformerConfig, forward, init_params
-from circuits_jax.heads import circuit_quality, discovery
+from circuits_jax.heads import circuit_quality, discovery, edge_sets
 from circuits_jax.heads.attribution import attribute_edges
-from circuits_jax.heads.discovery import (
-    circuit_of,
-    discover,
-    discover_by_attribution,
-    discover_greedy,
-    faithfulness,
-)
+from circuits_jax.heads.discovery import discover, discover_by_attribution, discover_greedy
+from circuits_jax.heads.edge_sets import circuit_of, faithfulness
 from circuits_jax.heads.outcomes import log_likelihood
 from circuits_jax.models import graph
 from circuits_jax.models.planted import plant
@@ -228,7 +223,7 @@ def test_backups_behind_backups(monkeypatch):
     monkeypatch.setattr(discovery, "_pruner", lambda *_: prune)
     strengths = np.zeros(len(graph.edge_names(config)))
     strengths[told] = 3, 5, 1, 1, 0
-    found = discover(config, {}, SEARCHED, attribution=discovery.edges_of(config, jnp.asarray(strengths)))
+    found = discover(config, {}, SEARCHED, attribution=edge_sets.edges_of(config, jnp.asarray(strengths)))
     assert found.circuit.heads() == ("0.0", "0.1")
     assert found.union.heads() == ("0.0", "0.1", "0.2", "0.3", "0.4")
     assert found.ended
@@ -270,7 +265,7 @@ def talker():
 def random_attribution(config):
     """With ties."""
     n_edges = len(graph.edge_names(config))
-    return discovery.edges_of(config, jnp.asarray(np.random.default_rng(1).integers(-4, 4, n_edges) / 4))
+    return edge_sets.edges_of(config, jnp.asarray(np.random.default_rng(1).integers(-4, 4, n_edges) / 4))
 
 
 def value(params, batch, kept, reference):
@@ -327,7 +322,7 @@ def test_greedy_search_is_trying_one_edge_after_the_other(talker, chunk):
     params, batch, _, _ = talker
     every = graph.edge_names(SMALL)
     attribution = random_attribution(SMALL)
-    strengths = np.abs(discovery.flat(SMALL, attribution))
+    strengths = np.abs(edge_sets.flat(SMALL, attribution))
     # Weakest first, and the last of those that tie.
     order = sorted(range(len(every)), key=lambda edge: (strengths[edge], -edge))
     kept, before = set(every), None
@@ -430,12 +425,12 @@ def test_sets_of_edges_and_edges():
     assert circuit.edge_names() == every
     jax.tree.map(np.testing.assert_array_equal, circuit.edges, graph.existing(SMALL))
     values = jnp.arange(1.0, len(every) + 1)
-    edges = discovery.edges_of(SMALL, values)
-    np.testing.assert_array_equal(discovery.flat(SMALL, edges), values)
+    edges = edge_sets.edges_of(SMALL, values)
+    np.testing.assert_array_equal(edge_sets.flat(SMALL, edges), values)
     for number, name in enumerate(every):
         field, index = graph.index_of(SMALL, name)
         assert getattr(edges, field)[index] == number + 1
-        sender, receiver = (ends[number] for ends in discovery.ends(SMALL))
+        sender, receiver = (ends[number] for ends in edge_sets.ends(SMALL))
         a, b = name.split("->")
         assert graph.senders(SMALL)[sender] == a
         assert (*graph.senders(SMALL), "logits")[receiver] in (b, b.rpartition(".")[0])

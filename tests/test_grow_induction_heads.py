@@ -188,7 +188,7 @@ def kill_when(process: subprocess.Popen, ready, how: int) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(how)
-    process.wait(timeout=60)
+    process.wait(timeout=200)
 
 
 @pytest.mark.slow

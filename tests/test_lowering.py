@@ -19,11 +19,20 @@ from circuits_jax.circuits import (
     token_space,
 )
 from circuits_jax.heads import (
+    attribution,
+    circuit_quality,
+    comparison,
     composition_evidence,
+    direct_effects,
+    discovery,
+    edge_effects,
+    edge_sets,
     effects,
     evidence,
     ideal_inputs,
     nulls,
+    outcomes,
+    patching,
     patterns,
     realisation,
     signatures,
@@ -32,7 +41,7 @@ from circuits_jax.heads import (
     type_evidence,
     value_scores,
 )
-from circuits_jax.models import interventions, planted, planted_recipes, rotary
+from circuits_jax.models import graph, interventions, planted, planted_recipes, residual, rotary
 from circuits_jax.tasks import batch, designed
 from circuits_jax.tasks.repeated_tokens import RepeatedTokens
 from circuits_jax.training import train
@@ -64,7 +73,17 @@ ATTENTION = array(L, H, T, T)
 BATCH = cj.Batch(tokens=array(B, T, dtype=np.int32), mask=array(B, T, dtype=bool), positions={})
 LOGITS = array(B, T, V)
 PATTERN, TOKENS, QUERIES = array(T, T), array(T, dtype=np.int32), array(T, dtype=bool)
-CHANGES = cj.Interventions(array(L, H), array(L, H, L, H), array(L, H, L, H), array(L, H, L, H))
+N = 1 + L * (H + 1)
+EDGES = cj.Edges(array(N, L, H), array(N, L, H), array(N, L, H), array(N, L), array(N))
+OUTPUTS = array(B, N, T, 8)
+CHANGES = cj.Interventions(
+    array(L, H),
+    cj.Replacement(array(B, L, H, T, 8), array(L, H, T)), cj.Replacement(array(L, H, T, T), array(L, H, T)),
+    cj.Replacement(array(L, T, 8), array(L, T)), cj.Replacement(array(L + 1, T, 8), array(L + 1, T)),
+    array(L + 1, T, 8), array(L, H, T, 8), array(L, H, T, 8), array(L, H, T, 8), EDGES, OUTPUTS,
+)  # fmt: skip
+SEEN = jax.eval_shape(lambda params, tokens: cj.forward(CONFIG, params, tokens)[1], PARAMS, BATCH.tokens)
+N_EDGES = len(graph.edge_names(CONFIG))
 ROWS, PLACE_ROWS, SHARE, OFFSETS = array(V, 8), array(L, T, 8), array(L, H), array(T, dtype=np.int32)
 HEAD = (array(L, H, V, 4), array(L, H, 4, 8), array(8, V))  # values, W_O, W_U
 INPUTS = jax.eval_shape(
@@ -162,6 +181,92 @@ TABLE = {
     "accuracy": (cj.accuracy, (LOGITS, BATCH)),
     "composition_scores": (cj.composition_scores, (WEIGHTS,)),
     "cut_edges": (lambda params, batch: cj.cut_edges(CONFIG, params, batch), (PARAMS, BATCH)),
+    "ablate": (
+        lambda params, batch, sets, mean: cj.ablate(CONFIG, params, batch, sets, reference=mean),
+        (PARAMS, BATCH, array(3, L, H, dtype=bool), array(L, H, T, 8)),
+    ),
+    "ablate_pairs": (lambda params, batch: cj.ablate_pairs(CONFIG, params, batch), (PARAMS, BATCH)),
+    "effects.single_heads": (lambda: effects.single_heads(CONFIG), ()),
+    "edge_effects": (lambda p, b, r: cj.edge_effects(CONFIG, p, b, reference=r), (PARAMS, BATCH, OUTPUTS)),
+    "edge_effects.cut_senders": (
+        lambda params, batch: edge_effects.cut_senders(
+            CONFIG, params, batch, outcomes.log_likelihood, np.eye(N, dtype=bool), own=outcomes.induction_attention
+        ),
+        (PARAMS, BATCH),
+    ),
+    "attribute_edges": (
+        lambda p, b, r: cj.attribute_edges(CONFIG, p, b, reference=r, n_steps=2, chunk=1),
+        (PARAMS, BATCH, OUTPUTS),
+    ),
+    "patch_heads": (lambda params, a, b: cj.patch_heads(CONFIG, params, a, b), (PARAMS, BATCH, BATCH)),
+    "patch_mlps": (lambda params, a, b: cj.patch_mlps(CONFIG, params, a, b), (PARAMS, BATCH, BATCH)),
+    "patch_residual": (lambda params, a, b: cj.patch_residual(CONFIG, params, a, b), (PARAMS, BATCH, BATCH)),
+    "patch_edges": (lambda params, a, b: cj.patch_edges(CONFIG, params, a, b), (PARAMS, BATCH, BATCH)),
+    "knock_out_direction": (
+        lambda params, batch, directions: cj.knock_out_direction(CONFIG, params, batch, directions),
+        (PARAMS, BATCH, array(L, H, 8)),
+    ),
+    "direct_logit_attribution": (
+        lambda params, tokens, readout: cj.direct_logit_attribution(CONFIG, params, tokens, readout),
+        (PARAMS, BATCH.tokens, array(V, 2)),
+    ),
+    "DirectAttribution.total": (
+        lambda params, tokens: cj.direct_logit_attribution(CONFIG, params, tokens, np.eye(V)).total(),
+        (PARAMS, BATCH.tokens),
+    ),
+    "direct_effects.direct_target_logits": (
+        lambda params, batch: direct_effects.direct_target_logits(CONFIG, params, batch),
+        (PARAMS, BATCH),
+    ),
+    "term_importance": (lambda params, batch: cj.term_importance(CONFIG, params, batch), (PARAMS, BATCH)),
+    "values_under": (
+        lambda params, batch, masks: cj.values_under(
+            CONFIG, params, batch, cj.log_likelihood, cj.Interventions(head_scale=masks), chunk=2
+        ),
+        (PARAMS, BATCH, array(3, L, H)),
+    ),
+    "outcomes.value_under": (
+        lambda p, b, changes: outcomes.value_under(CONFIG, p, b, cj.log_likelihood, changes),
+        (PARAMS, BATCH, CHANGES),
+    ),
+    "outcomes.run": (lambda params, batch: outcomes.run(CONFIG, params, batch), (PARAMS, BATCH)),
+    "outcomes.in_chunks": (lambda x: outcomes.in_chunks(np.sum, x, 2), (array(5, 3),)),
+    "outcomes.difference": (outcomes.difference, (array(3), array(3))),
+    "outcomes.induction_attention": (outcomes.induction_attention, (LOGITS, SEEN, BATCH)),
+    "outcomes.on_repeats": (outcomes.on_repeats, (LOGITS, SEEN, BATCH)),
+    "outcomes.nothing": (outcomes.nothing, (LOGITS, SEEN, BATCH)),
+    "log_likelihood": (cj.log_likelihood, (LOGITS, SEEN, BATCH)),
+    "logit_difference": (
+        lambda logits, seen, tokens, at: cj.logit_difference(
+            logits, seen, cj.Batch(tokens, tokens, {"at": at, "right": at, "wrong": at})
+        ),
+        (LOGITS, SEEN, BATCH.tokens, array(B, dtype=np.int32)),
+    ),
+    "frozen_patterns": (cj.frozen_patterns, (SEEN,)),
+    "Interventions.at_layer": (lambda changes: changes.at_layer(1), (CHANGES,)),
+    "Replacement.of": (cj.Replacement.of, (cj.Replacement(array(T, 8), array(T)), array(T, 8))),
+    "residual.plus": (residual.plus, (array(T, 8), array(T, 8))),
+    "residual.replaced": (residual.replaced, (array(T, 8), cj.Replacement(array(T, 8), array(T)))),
+    "residual.change_residual": (
+        lambda x, changes: residual.change_residual(x, residual.Senders((x[None],), None), changes, 0)[0],
+        (array(T, 8), cj.Interventions(residual_added=array(L + 1, T, 8))),
+    ),
+    "graph.outputs": (lambda seen: graph.outputs(CONFIG, seen), (SEEN,)),
+    "graph.between_heads": (lambda edges: graph.between_heads(CONFIG, edges), (EDGES,)),
+    "edge_sets.edges_of": (lambda values: edge_sets.edges_of(CONFIG, values), (array(N_EDGES),)),
+    "edge_sets.live": (lambda kept: edge_sets.live(CONFIG, kept), (array(N_EDGES, dtype=bool),)),
+    "edge_sets.value_of": (
+        lambda p, b, kept: edge_sets.value_of(CONFIG, cj.log_likelihood, p, b, None, kept),
+        (PARAMS, BATCH, array(N_EDGES, dtype=bool)),
+    ),
+    "comparison.effects_of_edges": (lambda p, b: comparison.effects_of_edges(CONFIG, p, b), (PARAMS, BATCH)),
+    "comparison.effects_of_heads": (lambda p, b: comparison.effects_of_heads(CONFIG, p, b), (PARAMS, BATCH)),
+    "comparison.conditions": (lambda p, b: comparison.conditions(CONFIG, p, b), (PARAMS, BATCH)),
+    "comparison.of_receivers": (comparison.of_receivers, (LOGITS, SEEN, BATCH)),
+    "comparison.scores_of_edges": (
+        lambda weights, queries, key: comparison.scores_of_edges(weights, queries, 3.0, key),
+        (WEIGHTS, QUERIES, KEY),
+    ),
     "diagonal_gap": (cj.diagonal_gap, (CIRCUIT,)),
     "eigenvalue_positivity": (cj.eigenvalue_positivity, (array(L, H, 4, dtype=np.complex64),)),
     "forward": (lambda p, t, i: cj.forward(CONFIG, p, t, i), (PARAMS, BATCH.tokens, CHANGES)),
@@ -325,6 +430,10 @@ EIGENVALUES = {
         lambda params, queries, key: taxonomy.evidence(CONFIG, params, queries, key),
         (PARAMS, QUERIES, KEY),
     ),
+    "comparison.scores_of_heads": (
+        lambda weights, queries, key: comparison.scores_of_heads(weights, queries, 3.0, key, None),
+        (WEIGHTS, QUERIES, KEY),
+    ),
     "evidence.from_spectra": (lambda params: evidence.from_spectra(CONFIG, params), (PARAMS,)),
     "evidence.everything": (
         lambda params, batch, queries, key: evidence.everything(CONFIG, params, batch, queries, 3.0, key),
@@ -338,6 +447,33 @@ NOT_JITTABLE = {
     "planted_recipes.recipes": "takes names, returns recipes of plain numbers",
     "classify_heads": "makes reports on the host; taxonomy.evidence is what runs on a device",
     "classify_weights": "makes reports on the host; structure.structure is what runs on a device",
+    "agreement": "correlations on the host",
+    "Circuit.heads": "names",
+    "Circuit.nodes": "names",
+    "circuit_of": "NumPy on the host",
+    "cut": "names to NumPy on the host",
+    "discover": "asks edge by edge from the host; edge_sets.value_of is what runs on a device",
+    "discover_by_attribution": "asks sizes from the host; attribute_edges and edge_sets.value_of run on a device",
+    "discover_greedy": "repeats discovery._prune from the host; test_discovery lowers that",
+    "edge_names": "names",
+    "edge_sets.as_sets": "checks NumPy arrays",
+    "edge_sets.ends": "NumPy on the host",
+    "edge_sets.flat": "NumPy on the host",
+    "edge_sets.shares": "NumPy on the host",
+    "edge_sets.values_of": "one program for each chunk, from the host; edge_sets.value_of is what runs on a device",
+    "faithfulness": "one program for each chunk, from the host; edge_sets.value_of is what runs on a device",
+    "graph.existing": "NumPy on the host",
+    "graph.full": "NumPy on the host",
+    "graph.head_senders": "NumPy on the host",
+    "graph.index_of": "names",
+    "graph.n_read": "plain Python on a config",
+    "graph.receivers": "names",
+    "graph.senders": "names",
+    "interventions.batch_axes": "checks shapes, returns the axes of vmap",
+    "interventions.check": "raises on shapes, returns nothing",
+    "interventions.n_senders": "plain Python on a config",
+    "keep_only": "names to NumPy on the host",
+    "quality": "asks sets of edges from the host; edge_sets.value_of is what runs on a device",
     "Recipe.reads": "plain Python on a recipe",
     "Recipe.works": "plain Python on a recipe",
     "taxonomy.judge": "NumPy on the host",
@@ -379,10 +515,11 @@ def test_every_public_function_is_in_the_table():
     public = {name for name in cj.__all__ if not inspect.isclass(getattr(cj, name))}
     classes = [getattr(cj, name) for name in cj.__all__ if inspect.isclass(getattr(cj, name))]
     modules = [
-        attention, batch, composition, composition_evidence, designed, effects, eigenvalues, eigenvectors, evidence,
-        ideal_inputs, interventions, low_rank, nulls, orthonormalisation, paths, patterns, planted, planted_recipes,
-        realisation, rotary, signatures, spectra, structure, taxonomy, token_space, type_evidence,
-            value_scores,
+        attention, attribution, batch, circuit_quality, comparison, composition, composition_evidence, designed,
+        direct_effects, discovery, edge_effects, edge_sets, effects, eigenvalues, eigenvectors, evidence, graph,
+        ideal_inputs, interventions, low_rank, nulls, orthonormalisation, outcomes, paths, patching, patterns, planted,
+        planted_recipes, realisation, residual, rotary, signatures, spectra, structure, taxonomy, token_space,
+        type_evidence, value_scores,
     ]  # fmt: skip
     for owner in (*classes, RepeatedTokens, *modules):
         short = owner.__name__.rsplit(".", 1)[-1]

@@ -19,7 +19,8 @@ import jax
 import numpy as np
 from jax import Array
 
-from circuits_jax.heads.discovery import CHUNK, Circuit, Discovery, EdgeSet, ends, faithfulness
+from circuits_jax.heads.discovery import Discovery
+from circuits_jax.heads.edge_sets import CHUNK, Circuit, EdgeSet, ends, faithfulness
 from circuits_jax.heads.outcomes import Metric, log_likelihood
 from circuits_jax.models import graph
 from circuits_jax.models.config import TransformerConfig

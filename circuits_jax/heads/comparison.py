@@ -1,5 +1,7 @@
 """Every weight-only score of one model beside every causal effect, for each head and each edge between heads."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from circuits_jax.circuits.attention import ov, qk
 from circuits_jax.circuits.composition import composition_scores, projection_kernel
 from circuits_jax.circuits.spectra import copying_score, effective_rank, matching_score, symmetry
 from circuits_jax.circuits.weights import CircuitWeights
-from circuits_jax.heads import effects, patterns, signatures
+from circuits_jax.heads import edge_effects, effects, patterns, signatures
 from circuits_jax.heads.attribution import attribute_edges
 from circuits_jax.heads.composition_evidence import composition_evidence
 from circuits_jax.heads.direct_effects import direct_target_logits
@@ -117,7 +119,7 @@ def effects_of_edges(config: TransformerConfig, params: Params, batch: Batch) ->
     shape = (n_layers, n_heads, n_layers, n_heads)
     one = np.eye(n_senders(config), dtype=bool)[graph.head_senders(config).ravel()]
     sets = np.concatenate([one, one.any(0)[None]])
-    cuts = effects.cut_senders(config, params, batch, log_likelihood, sets, own=of_receivers)
+    cuts = edge_effects.cut_senders(config, params, batch, log_likelihood, sets, own=of_receivers)
     _, whole = run(config, params, batch)
     allowed = jnp.tril(jnp.ones((length, length)))
     n_keys = allowed.sum(-1, keepdims=True)
@@ -152,14 +154,17 @@ def effects_of_edges(config: TransformerConfig, params: Params, batch: Batch) ->
 def conditions(config: TransformerConfig, params: Params, batch: Batch) -> Scores:
     """What a head does on the batch, {name: [L,H]}: to tell why weights and effects disagree.
 
-    "written": size of its output over that of the residual stream in front of it, root mean squares. "focus": 1 minus
-    its normalised entropy. "induction": its induction attention.
+    "gain": |o| / (|x| |W_OV| / sqrt(D)), root mean squares of what the head writes and of what its layer reads: 1 for
+    inputs of random directions at one position, more for those that the head reads, near 0 for those that it does not.
+    "focus": 1 minus its normalised entropy. "induction": its induction attention.
     """
     logits, seen = run(config, params, batch)
-    residual = jnp.sqrt(jnp.square(seen.residual[:, :-1]).mean((0, 2, 3)))
+    read = jnp.sqrt(jnp.square(seen.residual[:, :-1]).mean((0, 2, 3))) if config.norm == "none" else 1.0
+    norms = ov(CircuitWeights.from_params(config, params)).frobenius_norm() / math.sqrt(config.d_model)
+    wanted = jnp.broadcast_to(read, config.n_layers)[:, None] * jnp.maximum(norms, 1e-12)
     entropy = jax.vmap(jax.vmap(jax.vmap(patterns.entropy, (0, None)), (0, None)))(seen.patterns, batch.mask)
     return {
-        "written": jnp.sqrt(jnp.square(seen.head_outputs).mean((0, 3, 4))) / residual[:, None],
+        "gain": jnp.sqrt(jnp.square(seen.head_outputs).mean((0, 3, 4))) / wanted,
         "focus": 1.0 - jnp.nanmean(entropy, 0),
         "induction": induction_attention(logits, seen, batch),
     }

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 from circuits_jax.circuits.composition import composition_scores
 from circuits_jax.circuits.token_space import token_ov
 from circuits_jax.circuits.weights import CircuitWeights
-from circuits_jax.heads import effects, patterns, signatures, taxonomy
+from circuits_jax.heads import edge_effects, effects, patterns, signatures, taxonomy
 from circuits_jax.models.config import TransformerConfig
 from circuits_jax.models.transformer import Params, forward
 from circuits_jax.tasks.batch import Batch
@@ -83,7 +83,7 @@ def from_effects(config: TransformerConfig, params: Params, batch: Batch) -> dic
     {ablation_loss: [L,H], ablation_effect: [L,H,L,H], edge_loss, edge_effect: [3,L,H,L,H], joint_loss, joint_effect:
     [3,L,H]}; an effect is the fall of the last head's own induction attention.
     """
-    heads, edges = effects.ablate_heads(config, params, batch), effects.cut_edges(config, params, batch)
+    heads, edges = effects.ablate_heads(config, params, batch), edge_effects.cut_edges(config, params, batch)
     return {
         "ablation_loss": heads.loss,
         "ablation_effect": heads.induction,

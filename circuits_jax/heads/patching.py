@@ -19,7 +19,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from circuits_jax.heads.effects import CHUNK, cut_senders
+from circuits_jax.heads.edge_effects import cut_senders
+from circuits_jax.heads.effects import CHUNK
 from circuits_jax.heads.outcomes import NOTHING, Metric, difference, in_chunks, log_likelihood, run, value_under
 from circuits_jax.models import graph
 from circuits_jax.models.config import TransformerConfig

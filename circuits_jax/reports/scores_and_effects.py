@@ -16,17 +16,20 @@ from circuits_jax.reports.run_folder import Figure, figure_table
 FAMILIES = ("trained", "planted")
 UNITS = {"heads": "heads", "q": "edges into q", "k": "edges into k", "v": "edges into v"}
 ESTIMATES = ("attribution", "integrated gradients")
-LEAST_EFFECT = {"loss": 0.1, "direct": 0.5, "own scores": 0.5}  # nats and logits; attention and outputs: THRESHOLD
-WRITES, FOCUSED, ENTERS = 0.05, 0.1, 0.5  # below which a head is dormant, or what it reads does not reach its scores
+LEAST_EFFECT = {"loss": 0.1, "direct": 0.1, "own scores": 0.5}  # nats and logits; attention and outputs: THRESHOLD
+ASLEEP = 0.1  # of the median norm in its model, below which W_OV or W_QK of a head is dormant
+# Below which a head does not read its inputs, does not look anywhere, or an edge does not enter the scores.
+READS, FOCUSED, ENTERS = 0.1, 0.1, 0.5
 NEAR = 0.1  # a score and an effect in the same units that differ by less are a matter of the threshold
 N_RESAMPLES = 100
 READING = f"""
 An effect counts as there above a number set before: {verdicts.THRESHOLD} of attention (a fall of the receiver's
 induction attention, a total variation distance) or of what a head writes, {LEAST_EFFECT["loss"]} nats of loss,
-{LEAST_EFFECT["direct"]} logits. The threshold of a score is one number for all models, trained and planted, of all
-kinds of positions: the best F1 on one half of the models; precision and recall are those on the other half. Intervals
-are 95 % over models. AUROC below .5 says that a score speaks against an effect. Planted models are asked the same
-question (repeats), for which many of their heads were not made: what they are made for is in recover_planted.
+{LEAST_EFFECT["direct"]} logits of the target. The threshold of a score is one number for all models, trained and
+planted, of all kinds of positions: the best F1 on one half of the models; precision and recall are those on the other
+half. Intervals are 95 % over models. AUROC below .5 says that a score speaks against an effect. Planted models are
+asked the same question (repeats), for which many of their heads were not made: what they are made for is in
+recover_planted.
 """
 
 
@@ -120,16 +123,14 @@ def _table(unit: str, looked: Sequence[Looked]) -> Table:
     fits = np.concatenate([np.arange(n) % 2 == 0 for n in n_models])
     if unit == "heads":
         scores, effects = under("head_scores/"), under("head_effects/")
-        conditions, planted = under("conditions/"), np.zeros_like(next(iter(scores.values())), bool)
+        conditions = {name: np.concatenate([_units(_condition(x, unit, name)) for x in looked]) for name in OF_HEADS}
+        planted = np.zeros_like(next(iter(scores.values())), bool)
     else:
         scores, effects = under(f"edge_scores/{unit}/"), under(f"edge_effects/{unit}/")
-        joint = under(f"head_effects/all {unit} cut: ")
-        of_heads = under("conditions/") | {f"all cut: {name}": value for name, value in joint.items()}
-        ends = {"sender": 0, "receiver": 1}
         conditions = {
-            f"{end} {name}": np.concatenate([_end(x, name, unit, axis) for x in looked])
-            for end, axis in ends.items()
-            for name in of_heads
+            f"{end} {name}": np.concatenate([_units(_spread(_condition(x, unit, name), end)) for x in looked])
+            for end in ("sender", "receiver")
+            for name in (*OF_HEADS, "all cut")
         }
         number = "qkv".index(unit)
         planted = np.concatenate([_units(x.arrays["planted_edges"][:, number]) for x in looked])
@@ -143,15 +144,24 @@ def _units(values: np.ndarray) -> np.ndarray:
     return values[:, verdicts.earlier(values)]
 
 
-def _end(looked: Looked, name: str, unit: str, axis: int) -> np.ndarray:
-    """A condition [M,L,H] of the sending (0) or receiving (1) head of every edge, [M,U]."""
-    of_heads = name.removeprefix("all cut: ")
-    path = f"conditions/{name}" if of_heads == name else f"head_effects/all {unit} cut: {of_heads}"
-    values = looked.arrays[path]
+OF_HEADS = ("gain", "focus", "induction", "OV size", "QK size")
+
+
+def _condition(looked: Looked, unit: str, name: str) -> np.ndarray:
+    """Something about each head, [M,L,H]; sizes are norms over the median norm in the model."""
+    if name == "all cut":
+        return looked.arrays[f"head_effects/all {unit} cut: own induction attention"]
+    if name.endswith("size"):
+        norms = looked.arrays[f"head_scores/{name.replace('size', 'norm')}"]
+        return norms / np.median(norms, axis=(1, 2), keepdims=True)
+    return looked.arrays[f"conditions/{name}"]
+
+
+def _spread(values: np.ndarray, end: str) -> np.ndarray:
+    """[M,L,H] of the sending or the receiving head of every edge, [M,L,H,L,H]."""
     n_models, n_layers, n_heads = values.shape
-    both = (n_models, n_layers, n_heads, n_layers, n_heads)
-    spread = values[:, :, :, None, None] if axis == 0 else values[:, None, None]
-    return _units(np.broadcast_to(spread, both))
+    values = values[:, :, :, None, None] if end == "sender" else values[:, None, None]
+    return np.broadcast_to(values, (n_models, n_layers, n_heads, n_layers, n_heads))
 
 
 # --- how well scores say effects ---
@@ -238,9 +248,7 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 # --- why they disagree ---
 
-REASONS = (
-    "out of subspace", "redundant", "dormant", "another function", "near the threshold", "not explained",
-)  # fmt: skip
+REASONS = ("near the threshold", "dormant", "out of subspace", "redundant", "another function", "not explained")
 
 
 def why_edges(table: Table, score: str, threshold: float, rows: np.ndarray) -> dict[str, dict[str, int]]:
@@ -252,49 +260,49 @@ def why_edges(table: Table, score: str, threshold: float, rows: np.ndarray) -> d
         rows: [M] bool, which models.
 
     Returns:
-        {"score, no effect" and "effect, no score": {reason: count}}. Reasons are asked in this order, and each is
-        measured on the batch: the sender writes less than 5 % of the residual stream, or the receiver attends to all
-        alike (dormant); without the edge the receiver's scores move by less than half a logit (out of subspace);
-        cutting all K-edges at once has the effect (redundant); the cut moves the receiver's attention, which is not
-        that of an induction head (another function); score and effect are in the same units and differ by less than
-        a tenth (near the threshold).
+        {"score, no effect" and "effect, no score": {reason: count}}. The first reason that holds counts; all but the
+        first two are measured on the batch: score and effect are in the same units and differ by less than .1 (near the
+        threshold); W_OV of the sender or W_QK of the receiver has less than a tenth of the median norm (dormant); the
+        sender writes less than a tenth of what its W_OV makes of random inputs, or the receiver's scores move by less
+        than half a logit without the edge (out of subspace); cutting all K-edges at once has the effect (redundant);
+        the receiver's induction attention is below the threshold to begin with (another function).
     """
     effect = table.effects["own induction attention"]
     says, there = table.scores[score] > threshold, effect > verdicts.THRESHOLD
     c = table.conditions
-    near = score == "predicted fall"
+    near = np.abs(table.scores[score] - effect) < NEAR if score == "predicted fall" else np.zeros_like(there)
     reasons = {
-        "dormant": (c["sender written"] < WRITES) | (c["receiver focus"] < FOCUSED),
-        "out of subspace": table.effects["own scores"] < ENTERS,
-        "redundant": c["receiver all cut: own induction attention"] > verdicts.THRESHOLD,
-        "another function": (c["receiver induction"] < verdicts.THRESHOLD)
-        & (table.effects["own attention"] > verdicts.THRESHOLD),
-        "near the threshold": np.abs(table.scores[score] - effect) < NEAR if near else np.zeros_like(there),
+        "near the threshold": near,
+        "dormant": (c["sender OV size"] < ASLEEP) | (c["receiver QK size"] < ASLEEP),
+        "out of subspace": (c["sender gain"] < READS) | (table.effects["own scores"] < ENTERS),
+        "redundant": c["receiver all cut"] > verdicts.THRESHOLD,
+        "another function": c["receiver induction"] < verdicts.THRESHOLD,
     }
-    no_effect = _count(says & ~there & rows[:, None], reasons)
-    missed = {"near the threshold": reasons["near the threshold"]}
-    return {"score, no effect": no_effect, "effect, no score": _count(there & ~says & rows[:, None], missed)}
+    return {
+        "score, no effect": _count(says & ~there & rows[:, None], reasons),
+        "effect, no score": _count(there & ~says & rows[:, None], {"near the threshold": near}),
+    }
 
 
 def why_heads(table: Table, score: str, threshold: float, effect: str, rows: np.ndarray) -> dict[str, dict[str, int]]:
     """Heads whose score and effect disagree, counted by reason, as in why_edges.
 
-    Dormant: the head writes less than 5 % of the residual stream. Redundant: zero ablation costs no loss, but does once
-    another head is gone. Another function: the head costs loss, or attends to anything in particular, all the same.
+    Out of subspace: the head writes less than a tenth of what its W_OV makes of random inputs. Redundant: zero
+    ablation costs no loss, but does once another head is gone. Another function: ablation costs loss, or the head
+    attends to something, which is not what the effect asks for.
     """
     says, there = table.scores[score] > threshold, table.effects[effect] > least(effect)
-    alone, backed = (
-        table.effects[f"loss, {x}"] > least("loss") for x in ("zero ablation", "once another head is gone")
-    )
+    alone = table.effects["loss, zero ablation"] > least("loss")
+    backed = table.effects["loss, once another head is gone"] > least("loss")
     reasons = {
-        "dormant": table.conditions["written"] < WRITES,
+        "dormant": table.conditions["OV size"] < ASLEEP,
+        "out of subspace": table.conditions["gain"] < READS,
         "redundant": ~alone & backed,
         "another function": alone | (table.conditions["focus"] > FOCUSED),
     }
-    missed = {"another function": np.zeros_like(there)}
     return {
         "score, no effect": _count(says & ~there & rows[:, None], reasons),
-        "effect, no score": _count(there & ~says & rows[:, None], missed),
+        "effect, no score": _count(there & ~says & rows[:, None], {}),
     }
 
 
@@ -338,6 +346,14 @@ def figures(compared: Compared) -> dict[str, Figure]:
             key = f"{family}_k_predicted_{name.split(',')[0].lower().replace(' ', '_')}"
             text = f"{family}: K-edges, predicted fall and measured own induction attention: {name}"
             out[key] = Figure(text, value, interval, None if aim is None else (">=", aim))
+        says, there = table.scores["predicted fall"] > verdicts.THRESHOLD, table.effects["own induction attention"]
+        there = there > verdicts.THRESHOLD
+        for name, statistic in (("precision", calibration.precision), ("recall", calibration.recall)):
+            out[f"{family}_k_unfitted_{name}"] = Figure(
+                f"{family}: K-edges, predicted fall above {verdicts.THRESHOLD}, nothing fitted: {name}",
+                statistic(says, there), bootstrap_interval(statistic, says, there, n_resamples=N_RESAMPLES),
+                (">=", 0.95) if family == "trained" else None,
+            )  # fmt: skip
         for score in K_SCORES[1:]:
             pair = compared.pair("k", score, "own induction attention", family)
             key = score.lower().replace(" ", "_")

@@ -1,4 +1,4 @@
-"""Causal effects in one program, against a plain loop with one jitted forward pass for each; and how large they can get.
+"""Causal effects in one program, against a plain loop of jitted forward passes; and how large attribution can get.
 
     python experiments/benchmarks/effects.py            about three minutes on two CPU cores
     python experiments/benchmarks/effects.py --smoke    small: does it run?
@@ -30,7 +30,7 @@ from jax import Array
 from rich.console import Console
 
 from circuits_jax.heads.attribution import attribute_edges
-from circuits_jax.heads.effects import cut_edges
+from circuits_jax.heads.edge_effects import cut_edges
 from circuits_jax.heads.outcomes import Repeats, on_repeats
 from circuits_jax.models import graph
 from circuits_jax.models.config import TransformerConfig
