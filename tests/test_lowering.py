@@ -469,6 +469,7 @@ NOT_JITTABLE = {
     "graph.n_read": "plain Python on a config",
     "graph.receivers": "names",
     "graph.senders": "names",
+    "outcomes.check_chunk": "raises on a plain number, returns nothing",
     "interventions.batch_axes": "checks shapes, returns the axes of vmap",
     "interventions.check": "raises on shapes, returns nothing",
     "interventions.n_senders": "plain Python on a config",

@@ -13,10 +13,10 @@ import numpy as np
 from jax import Array
 from scipy import stats
 
-from circuits_jax.heads.outcomes import Metric, log_likelihood
+from circuits_jax.heads.outcomes import Metric, check_chunk, log_likelihood
 from circuits_jax.models import graph
 from circuits_jax.models.config import TransformerConfig
-from circuits_jax.models.interventions import Edges, Interventions
+from circuits_jax.models.interventions import Edges, Interventions, batch_axes
 from circuits_jax.models.transformer import Activations, Params, apply_batch, check_tokens
 from circuits_jax.tasks.batch import Batch
 
@@ -54,6 +54,7 @@ def attribute_edges(
         ValueError: bad tokens, an array of another shape, or n_steps below 0.
     """
     check_tokens(config, batch.tokens)
+    check_chunk(chunk)
     if n_steps < 0:
         raise ValueError(f"n_steps must be at least 0; got {n_steps}")
     return _attribute_edges(config, metric, n_steps, chunk, params, batch, reference)
@@ -88,7 +89,7 @@ def _in_turn(
         with jax.default_matmul_precision("highest"):
             return apply_batch(config, params, tokens, interventions)
     references = interventions.edge_outputs
-    shared = references is None or references.ndim == 3
+    shared = batch_axes(config, interventions, tokens.shape[1], len(tokens)).edge_outputs is None
 
     @jax.checkpoint
     def one(sequence: Array, reference: Array | None) -> tuple[Array, Activations]:

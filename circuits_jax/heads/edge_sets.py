@@ -20,7 +20,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
-from circuits_jax.heads.outcomes import Metric, log_likelihood, value_under
+from circuits_jax.heads.outcomes import Metric, check_chunk, log_likelihood, value_under
 from circuits_jax.models import graph
 from circuits_jax.models.config import TransformerConfig
 from circuits_jax.models.interventions import Edges, Interventions
@@ -171,8 +171,7 @@ def values_of(
 ) -> np.ndarray:  # fmt: skip
     """[n] the metric of sets [n,E], by one program for any n."""
     check_tokens(config, batch.tokens)
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1; got {chunk}")
+    check_chunk(chunk)
     padded = np.pad(sets, ((0, -len(sets) % chunk), (0, 0)))
     parts = padded.reshape(-1, chunk, sets.shape[1])
     values = [_values(config, metric, params, batch, reference, jnp.asarray(part)) for part in parts]

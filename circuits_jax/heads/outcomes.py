@@ -125,10 +125,15 @@ def _values_under(
 
 def in_chunks(function: Callable[[Any], Any], arguments: Any, chunk: int) -> Any:
     """function of every row of the arguments, at most chunk of them at once."""
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1; got {chunk}")
+    check_chunk(chunk)
     n = len(jax.tree.leaves(arguments)[0])
     return jax.vmap(function)(arguments) if n <= chunk else jax.lax.map(function, arguments, batch_size=chunk)
+
+
+def check_chunk(chunk: int) -> None:
+    """Raises ValueError for a number of runs that cannot be held at once."""
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1; got {chunk}")
 
 
 def frozen_patterns(seen: Activations) -> Interventions:

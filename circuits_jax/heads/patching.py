@@ -21,7 +21,16 @@ from jax.typing import ArrayLike
 
 from circuits_jax.heads.edge_effects import cut_senders
 from circuits_jax.heads.effects import CHUNK
-from circuits_jax.heads.outcomes import NOTHING, Metric, difference, in_chunks, log_likelihood, run, value_under
+from circuits_jax.heads.outcomes import (
+    NOTHING,
+    Metric,
+    check_chunk,
+    difference,
+    in_chunks,
+    log_likelihood,
+    run,
+    value_under,
+)
 from circuits_jax.models import graph
 from circuits_jax.models.config import TransformerConfig
 from circuits_jax.models.interventions import Edges, Interventions, Replacement, n_senders
@@ -186,6 +195,7 @@ def knock_out_direction(
         ValueError: bad tokens, or an array of another shape.
     """
     check_tokens(config, batch.tokens)
+    check_chunk(chunk)
     directions, becomes = jnp.asarray(directions), jnp.asarray(becomes)
     wanted = (config.n_layers, config.n_heads, config.d_model)
     if directions.shape not in (wanted, wanted[-1:]):
