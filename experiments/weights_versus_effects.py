@@ -8,7 +8,7 @@ Trains the models of the main job (random-period repeats, 2 layers x 4 heads), p
 ablations, cut edges, direct logits, and attribution by gradients. Then, for each pair of score and effect: AUROC, rank
 correlation, precision and recall at one threshold that is shared by all models, fitted on half of them and reported on
 the other half. Where score and effect disagree, a measurement says why: dormant heads, out-of-subspace inputs,
-redundant senders, another function.
+redundant senders, another function. In trained models it also searches for circuits, and judges them on other data.
 
 Writes runs/<name>/: config.json, checkpoints/, parts/ (what was measured, so that the same command resumes a run that
 was stopped), results.zarr, summary.json and report.html.
@@ -31,14 +31,18 @@ import numpy as np
 import tyro
 from jax import Array
 from rich.console import Console
+from rich.progress import Progress, TaskID
 
 from circuits_jax.circuits.weights import CircuitWeights
 from circuits_jax.heads import comparison
+from circuits_jax.heads.circuit_quality import quality
+from circuits_jax.heads.discovery import discover
+from circuits_jax.heads.edge_sets import NothingToExplainError
 from circuits_jax.models.config import Positions, TransformerConfig
 from circuits_jax.models.planted import plant
 from circuits_jax.models.planted_recipes import PlantedPositions, Recipe, recipes
 from circuits_jax.models.transformer import Params
-from circuits_jax.reports import page, results, run_folder, scores_and_effects
+from circuits_jax.reports import circuits_found, page, results, run_folder, scores_and_effects
 from circuits_jax.reports import parts as kept_parts
 from circuits_jax.reports.console import parts_bar, print_table
 from circuits_jax.tasks.batch import Batch, sample_batch
@@ -73,6 +77,8 @@ class Settings:
     """From which the planted models, and the inputs and nulls of scores, are drawn."""
     n_evaluation: int = 64
     """Sequences on which effects are measured."""
+    circuits: int = 32
+    """Trained models of each kind of positions in which circuits are searched; 0 for none."""
     smoke: bool = False
     """2 seeds, 100 updates and few planted models, in a folder of their own: does everything run?"""
     name: str = ""
@@ -148,9 +154,9 @@ def make_planted(recipe: Recipe, key: Array, settings: Settings) -> tuple[Params
     return planted.params, np.asarray(planted.truth.edges)
 
 
-def evaluation_batch(part: Part, n_sequences: int) -> Batch:
-    """Repeats that no training run has seen, behind the start token if there is one."""
-    batch = sample_batch(part.task, jax.random.key(EVALUATION_SEED), 0, n_sequences)
+def evaluation_batch(part: Part, n_sequences: int, number: int = 0) -> Batch:
+    """Repeats that no training run has seen, behind the start token if there is one; others for another number."""
+    batch = sample_batch(part.task, jax.random.key(EVALUATION_SEED), number, n_sequences)
     if part.bos is None:
         return batch
     start = jnp.full((n_sequences, 1), part.bos, batch.tokens.dtype)
@@ -202,11 +208,42 @@ def look(part: Part, settings: Settings, folder: Path) -> scores_and_effects.Loo
     return scores_and_effects.Looked(part.name, part.family, kept_parts.load(path))
 
 
+def find_circuits(part: Part, settings: Settings, folder: Path, show: Callable[[int], None]) -> dict[str, np.ndarray]:
+    """Circuits of the first trained models of a part, on one batch, and their quality on another; {name: [M,...]}.
+
+    Models without skill on a batch, in which there is nothing to find, are left out.
+    """
+    path = folder / "parts" / f"circuits-{part.name}.npz"
+    if not path.exists():
+        params, _ = part.make()
+        searched, other = (evaluation_batch(part, settings.n_evaluation, number) for number in (1, 2))
+        found = []
+        for i in range(min(settings.circuits, len(params["W_E"]))):
+            show(i)
+            one = jax.tree.map(lambda x, i=i: x[i], params)
+            try:
+                discovery = discover(part.config, one, searched)
+                judged = quality(part.config, one, other, discovery)
+            except NothingToExplainError:
+                continue
+            row = {"number": np.asarray(i), "circuit": discovery.circuit.kept, "union": discovery.union.kept}
+            row["n_alternatives"] = np.asarray(len(discovery.alternatives))
+            for which, of in (("circuit", judged.circuit), ("union", judged.union)):
+                row |= {f"{which}_{name}": np.asarray(getattr(of, name)) for name in circuits_found.QUALITIES}
+            found.append(row)
+        kept_parts.save(path, jax.tree.map(lambda *x: np.stack(x), *found) if found else {"number": np.zeros(0, int)})
+    predicted = kept_parts.load(folder / "parts" / f"{part.name}.npz")["edge_scores/k/predicted fall"]
+    circuits = kept_parts.load(path)
+    return circuits | {"predicted": predicted[circuits["number"]]}
+
+
 def prepare(settings: Settings) -> tuple[Settings, Path]:
     """Raises ValueError for settings that make no sense."""
     for name in ("steps", "planted", "key", "n_evaluation"):
         if getattr(settings, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(settings, name)}")
+    if settings.circuits < 0:
+        raise ValueError(f"--circuits must be at least 0; got {settings.circuits}")
     if settings.seeds < 2:
         raise ValueError(f"--seeds must be at least 2, one half to fit thresholds on; got {settings.seeds}")
     if settings.first_seed < 0 or settings.first_seed + settings.seeds >= EVALUATION_SEED:
@@ -219,13 +256,18 @@ def prepare(settings: Settings) -> tuple[Settings, Path]:
         settings = dataclasses.replace(
             settings, seeds=min(settings.seeds, 2), steps=min(settings.steps, 100), planted=1,
             positions=settings.positions[:1], planted_positions=settings.planted_positions[:1],
-            n_evaluation=min(settings.n_evaluation, 16),
+            n_evaluation=min(settings.n_evaluation, 16), circuits=min(settings.circuits, 1),
         )  # fmt: skip
     name = settings.name or "weights_versus_effects" + "_smoke" * settings.smoke
     run_folder.check_name(name)
     devices.use_all_cores(settings.seeds)
     devices.keep_compilations()
     return settings, settings.runs_dir / name
+
+
+def show_circuit(progress: Progress, bar: TaskID, what: str, done: int, number: int) -> None:
+    """Moves the bar to the model of this number."""
+    progress.update(bar, completed=done + number, description=what)
 
 
 def main(plan: tuple[Settings, Path]) -> None:
@@ -243,11 +285,28 @@ def main(plan: tuple[Settings, Path]) -> None:
             progress.update(bar, description=part.name)
             looked.append(look(part, settings, folder))
             progress.update(bar, advance=1)
+        trained = [part for part in to_do if part.family == "trained" and settings.circuits]
+        bar = progress.add_task("circuits", total=len(trained) * min(settings.circuits, settings.seeds))
+        found: list[dict[str, np.ndarray]] = []
+        for part in trained:
+            done = len(found) * min(settings.circuits, settings.seeds)
+            show = partial(show_circuit, progress, bar, f"circuits of {part.name}", done)
+            found.append(find_circuits(part, settings, folder, show))
+        progress.update(bar, completed=len(trained) * min(settings.circuits, settings.seeds))
     compared = scores_and_effects.compare(looked)
-    figures = scores_and_effects.figures(compared)
+    figures, more = scores_and_effects.figures(compared), []
+    skilled = [(part, circuits) for part, circuits in zip(trained, found, strict=True) if len(circuits["number"])]
+    if skilled:
+        configs, names = [part.config for part, _ in skilled], [part.name for part, _ in skilled]
+        found = [circuits for _, circuits in skilled]
+        of_circuits = circuits_found.figures(configs, found)
+        circuit_table = circuits_found.table(configs, names, found)
+        tables = [page.table(*run_folder.figure_table(of_circuits)), page.table(*circuit_table)]
+        more = [("Circuits discovered", [page.paragraph(circuits_found.READING), *tables])]
+        figures |= of_circuits
     results.save(folder / "results.zarr", scores_and_effects.datasets(compared, kept))
     run_folder.write_summary(folder, figures)
-    sections = scores_and_effects.sections(compared, figures)
+    sections = scores_and_effects.sections(compared, figures) + more
     run_folder.write_text(folder / "report.html", page.page("Weights versus effects", sections))
     print_table(console, "Figures", *run_folder.figure_table(figures))
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)

@@ -31,6 +31,10 @@ CHUNK = 8
 EdgeSet = NDArray[np.bool_]
 
 
+class NothingToExplainError(ValueError):
+    """The model is no better on this batch than no edges at all."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Circuit:
     """Edges that are kept, all of them on a path from the embedding to the logits; made by circuit_of.
@@ -182,7 +186,7 @@ def shares(values: np.ndarray) -> np.ndarray:
     """Faithfulness of all but the first two of the values, which are those of the empty set and of the model."""
     (empty, whole), rest = values[:2], values[2:]
     if not whole - empty > 1e-5 * max(abs(whole), abs(empty)):
-        raise ValueError(
+        raise NothingToExplainError(
             "there is nothing to explain: the metric of the model must be above that of no edges at all; got "
             f"{whole:g} and {empty:g}. Either the model has no skill on this batch, or the reference run has it too"
         )
@@ -215,8 +219,8 @@ def faithfulness(
         [n], 1 for the model and 0 for no edges; NumPy float64.
 
     Raises:
-        ValueError: m(M) is not above m(empty) by more than rounding, so that there is nothing to explain; bad tokens,
-            an array of another shape, a metric that is not one number, or a chunk below 1.
+        NothingToExplainError: m(M) is not above m(empty) by more than rounding, so that there is nothing to explain.
+        ValueError: bad tokens, an array of another shape, a metric that is not one number, or a chunk below 1.
     """
     sets = as_sets(config, kept)
     rows = np.concatenate([np.repeat([[False], [True]], sets.shape[1], 1), sets])
