@@ -42,7 +42,7 @@ from circuits_jax.models.config import Positions, TransformerConfig
 from circuits_jax.models.planted import plant
 from circuits_jax.models.planted_recipes import PlantedPositions, Recipe, recipes
 from circuits_jax.models.transformer import Params
-from circuits_jax.reports import circuits_found, page, results, run_folder, scores_and_effects
+from circuits_jax.reports import circuits_found, compared, page, results, run_folder, scores_and_effects
 from circuits_jax.reports import parts as kept_parts
 from circuits_jax.reports.console import parts_bar, print_table
 from circuits_jax.tasks.batch import Batch, sample_batch
@@ -187,7 +187,7 @@ def analysis(config: TransformerConfig, longest: int, n_distractors: float, bos:
     return jax.jit(mapped, compiler_options=devices.quick_compilation())
 
 
-def look(part: Part, settings: Settings, folder: Path) -> scores_and_effects.Looked:
+def look(part: Part, settings: Settings, folder: Path) -> compared.Looked:
     """Scores and effects of all models of a part; from its file, where a run before got that far."""
     path = folder / "parts" / f"{part.name}.npz"
     if not path.exists():
@@ -205,7 +205,7 @@ def look(part: Part, settings: Settings, folder: Path) -> scores_and_effects.Loo
             found.append(jax.tree.map(lambda x, n=n_models - first: np.asarray(x)[:n], some))
         arrays = kept_parts.flat(jax.tree.map(lambda *x: np.concatenate(x), *found))
         kept_parts.save(path, arrays | {"planted_edges": edges})
-    return scores_and_effects.Looked(part.name, part.family, kept_parts.load(path))
+    return compared.Looked(part.name, part.family, kept_parts.load(path))
 
 
 def find_circuits(part: Part, settings: Settings, folder: Path, show: Callable[[int], None]) -> dict[str, np.ndarray]:
@@ -293,8 +293,8 @@ def main(plan: tuple[Settings, Path]) -> None:
             show = partial(show_circuit, progress, bar, f"circuits of {part.name}", done)
             found.append(find_circuits(part, settings, folder, show))
         progress.update(bar, completed=len(trained) * min(settings.circuits, settings.seeds))
-    compared = scores_and_effects.compare(looked)
-    figures, more = scores_and_effects.figures(compared), []
+    everything = compared.compare(looked)
+    figures, more = scores_and_effects.figures(everything), []
     skilled = [(part, circuits) for part, circuits in zip(trained, found, strict=True) if len(circuits["number"])]
     if skilled:
         configs, names = [part.config for part, _ in skilled], [part.name for part, _ in skilled]
@@ -304,9 +304,9 @@ def main(plan: tuple[Settings, Path]) -> None:
         tables = [page.table(*run_folder.figure_table(of_circuits)), page.table(*circuit_table)]
         more = [("Circuits discovered", [page.paragraph(circuits_found.READING), *tables])]
         figures |= of_circuits
-    results.save(folder / "results.zarr", scores_and_effects.datasets(compared, kept))
+    results.save(folder / "results.zarr", scores_and_effects.datasets(everything, kept))
     run_folder.write_summary(folder, figures)
-    sections = scores_and_effects.sections(compared, figures) + more
+    sections = scores_and_effects.sections(everything, figures) + more
     run_folder.write_text(folder / "report.html", page.page("Weights versus effects", sections))
     print_table(console, "Figures", *run_folder.figure_table(figures))
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)

@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from circuits_jax.heads import calibration
+from circuits_jax.reports import compared as data
 from circuits_jax.reports import scores_and_effects as report
 
 M, L, H = 6, 2, 3
@@ -25,35 +26,35 @@ def test_best_threshold_has_the_largest_f1(ties):
         scores = np.round(scores) if ties else scores
         truth = rng.random(20) < 0.4
         truth[0] = True
-        cut = report.best_threshold(scores, truth)
+        cut = data.best_threshold(scores, truth)
         assert calibration.f1(scores > cut, truth) == pytest.approx(brute_threshold(scores, truth))
 
 
 def test_best_threshold_at_its_ends():
-    assert report.best_threshold(np.arange(3.0), np.zeros(3, bool)) == np.inf
-    everything = report.best_threshold(np.arange(3.0), np.ones(3, bool))
+    assert data.best_threshold(np.arange(3.0), np.zeros(3, bool)) == np.inf
+    everything = data.best_threshold(np.arange(3.0), np.ones(3, bool))
     assert (np.arange(3.0) > everything).all()
-    with_unknown = report.best_threshold(np.array([1.0, 2.0, np.nan]), np.array([False, True, False]))
+    with_unknown = data.best_threshold(np.array([1.0, 2.0, np.nan]), np.array([False, True, False]))
     assert with_unknown == 1.5
 
 
 def test_spearman_is_scipys():
     rng = np.random.default_rng(1)
     x, y = np.round(rng.normal(size=(2, 30)), 1)
-    assert report.spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
-    assert np.isnan(report.spearman(np.ones(4), np.arange(4.0)))
-    assert report.spearman(np.array([0.0, 1, 2, np.nan]), np.array([0.0, 1, 2, -9])) == pytest.approx(1.0)
+    assert data.spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert np.isnan(data.spearman(np.ones(4), np.arange(4.0)))
+    assert data.spearman(np.array([0.0, 1, 2, np.nan]), np.array([0.0, 1, 2, -9])) == pytest.approx(1.0)
 
 
 def test_units_and_ends_of_edges_go_together():
     """Receivers and senders get their own conditions: unit (a, b) holds what belongs to the heads a and b."""
     heads = np.arange(M * L * H).reshape(M, L, H)
     edges = heads[:, :, :, None, None] * 1000 + heads[:, None, None]
-    units = report._units(edges)
+    units = data._units(edges)
     assert units.shape == (M, N_EDGES)
-    looked = report.Looked("x", "trained", {"conditions/gain": heads})
-    values = report._condition(looked, "k", "gain")
-    sender, receiver = (report._units(report._spread(values, end)) for end in ("sender", "receiver"))
+    looked = data.Looked("x", "trained", {"conditions/gain": heads})
+    values = data._condition(looked, "k", "gain")
+    sender, receiver = (data._units(data._spread(values, end)) for end in ("sender", "receiver"))
     np.testing.assert_array_equal(units, sender * 1000 + receiver)
 
 
@@ -69,7 +70,7 @@ def arrays(rng, n_models, signal):
         out |= {f"edge_scores/{unit}/{name}": rng.normal(size=edges) for name in names}
         for name in ("loss", "own induction attention", "own attention", "own output", "own scores"):
             out[f"edge_effects/{unit}/{name}"] = own if unit != "v" or name == "own output" else np.zeros(edges)
-        out |= {f"edge_effects/{unit}/{name}": own for name in report.ESTIMATES}
+        out |= {f"edge_effects/{unit}/{name}": own for name in data.ESTIMATES}
         out[f"head_effects/all {unit} cut: loss"] = rng.random(heads)
         out[f"head_effects/all {unit} cut: own induction attention"] = rng.random(heads)
     out["edge_scores/k/predicted fall"] = own + signal * rng.normal(size=edges)
@@ -87,11 +88,11 @@ def arrays(rng, n_models, signal):
 def compared():
     rng = np.random.default_rng(2)
     looked = [
-        report.Looked("trained-a", "trained", arrays(rng, M, 0.01)),
-        report.Looked("trained-b", "trained", arrays(rng, M, 0.01)),
-        report.Looked("planted-a", "planted", arrays(rng, M, 0.3)),
+        data.Looked("trained-a", "trained", arrays(rng, M, 0.01)),
+        data.Looked("trained-b", "trained", arrays(rng, M, 0.01)),
+        data.Looked("planted-a", "planted", arrays(rng, M, 0.3)),
     ]
-    return report.compare(looked)
+    return data.compare(looked)
 
 
 def test_a_score_that_says_an_effect_stands_out(compared):
@@ -133,7 +134,7 @@ def edge_table(**changed):
     for name, value in changed.items():
         name = name.replace("_", " ")
         (conditions if name in conditions else effects)[name] = value * ones
-    return report.Table({"score": 9 * ones}, effects, conditions, np.array(["x"]), np.array([False]), ones == 0)
+    return data.Table({"score": 9 * ones}, effects, conditions, np.array(["x"]), np.array([False]), ones == 0)
 
 
 @pytest.mark.parametrize(
@@ -150,14 +151,14 @@ def edge_table(**changed):
     ],
 )
 def test_reasons(changed, reason):
-    counts = report.why_edges(edge_table(**changed), "score", 1.0, np.array([True]))
+    counts = data.why_edges(edge_table(**changed), "score", 1.0, np.array([True]))
     assert {name: n for name, n in counts["score, no effect"].items() if n} == {reason: 1}
     assert sum(counts["effect, no score"].values()) == 0
-    assert not any(report.why_edges(edge_table(), "score", 1.0, np.array([False]))["score, no effect"].values())
+    assert not any(data.why_edges(edge_table(), "score", 1.0, np.array([False]))["score, no effect"].values())
 
 
 def test_an_effect_without_its_score_is_counted():
-    counts = report.why_edges(edge_table(own_induction_attention=0.5), "score", 10.0, np.array([True]))
+    counts = data.why_edges(edge_table(own_induction_attention=0.5), "score", 10.0, np.array([True]))
     assert counts["effect, no score"]["not explained"] == 1
     assert not any(counts["score, no effect"].values())
 
