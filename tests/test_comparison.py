@@ -105,6 +105,6 @@ def test_scores_have_one_number_for_each_head_and_edge(model):
     heads = jax.jit(lambda w: comparison.scores_of_heads(w, queries, 3.0, key, None))(weights)
     edges = jax.jit(lambda w: comparison.scores_of_edges(w, queries, 3.0, key))(weights)
     assert all(value.shape == (2, 2) and np.isfinite(value).all() for value in heads.values())
-    assert {name: len(scores) for name, scores in edges.items()} == {"q": 3, "k": 6, "v": 3}
+    assert {name: len(scores) for name, scores in edges.items()} == {"q": 4, "k": 7, "v": 4}
     for scores in edges.values():
         assert all(value.shape == (2, 2, 2, 2) and np.isfinite(value[0, :, 1]).all() for value in scores.values())

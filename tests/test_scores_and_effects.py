@@ -65,7 +65,7 @@ def arrays(rng, n_models, signal):
     own = np.where(true, 0.5, 0.05) + 0.01 * rng.normal(size=edges)
     out = {"planted_edges": np.zeros((n_models, 3, L, H, L, H), bool)}
     for unit in "qkv":
-        names = ["Frobenius composition", "Frobenius z", "projection kernel"]
+        names = ["Frobenius composition", "Frobenius product", "Frobenius z", "projection kernel"]
         names += ["diagonal gap", "gap x previous token", "predicted fall"] if unit == "k" else []
         out |= {f"edge_scores/{unit}/{name}": rng.normal(size=edges) for name in names}
         for name in ("loss", "own induction attention", "own attention", "own output", "own scores"):

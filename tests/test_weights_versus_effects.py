@@ -44,7 +44,7 @@ def test_smoke_leaves_everything_behind(smoke):
     pairs = results.load(folder / "results.zarr", "pairs")
     assert {"heads", "q", "k", "v"} == set(pairs.unit.values.tolist())
     edges = results.load(folder / "results.zarr", "k_planted")
-    assert edges.scores.sizes == {"model": 4, "unit": 64, "score": 6}
+    assert edges.scores.sizes == {"model": 4, "unit": 64, "score": 7}
 
 
 @pytest.mark.slow

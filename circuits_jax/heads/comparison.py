@@ -15,12 +15,7 @@ from circuits_jax.heads import edge_effects, effects, patterns, signatures
 from circuits_jax.heads.attribution import attribute_edges
 from circuits_jax.heads.composition_evidence import composition_evidence
 from circuits_jax.heads.direct_effects import direct_target_logits
-from circuits_jax.heads.outcomes import (
-    frozen_patterns,
-    induction_attention,
-    log_likelihood,
-    run,
-)
+from circuits_jax.heads.outcomes import frozen_patterns, induction_attention, log_likelihood, run
 from circuits_jax.heads.structure import structure
 from circuits_jax.heads.type_evidence import Scores
 from circuits_jax.models import graph
@@ -53,12 +48,18 @@ def scores_of_heads(
 
 
 def scores_of_edges(weights: CircuitWeights, queries: Array, n_distractors: float, key: Array) -> dict[str, Scores]:
-    """{"q", "k", "v": {name: [L,H,L,H]}} from weights alone, sender first; what only K-edges have is under "k"."""
+    """{"q", "k", "v": {name: [L,H,L,H]}} from weights alone, sender first; what only K-edges have is under "k".
+
+    "Frobenius product" is the composition score without its denominator, ||W_OV^a W_QK^b|| and so on: what the norms of
+    the two heads add.
+    """
     frobenius, kernel = composition_scores(weights), projection_kernel(weights)
     against = composition_evidence(weights, key).z_rotation
+    sent, scored = ov(weights).frobenius_norm(), qk(weights).frobenius_norm()
     out = {
         name: {
             "Frobenius composition": getattr(frobenius, name),
+            "Frobenius product": sent[:, :, None, None] * getattr(frobenius, name) * (sent if name == "v" else scored),
             "Frobenius z": getattr(against, name),
             "projection kernel": getattr(kernel, name),
         }
@@ -75,7 +76,11 @@ def scores_of_edges(weights: CircuitWeights, queries: Array, n_distractors: floa
 
 
 def effects_of_heads(config: TransformerConfig, params: Params, batch: Batch) -> Scores:
-    """{name: [L,H]}, all falls of something good; see EFFECTS_OF_HEADS in the report for what counts as one."""
+    """{name: [L,H]}: what is lost without a head, and for the direct logit what it adds itself.
+
+    "loss, once another head is gone": the most that ablating a second head adds to what ablating a first one costs,
+    for the best choice of the first. "induction attention of another head": the largest fall of any.
+    """
     _, seen = run(config, params, batch)
     pairs = effects.ablate_pairs(config, params, batch)
     heads, shape = effects.single_heads(config), (config.n_layers, config.n_heads)
