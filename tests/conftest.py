@@ -17,3 +17,9 @@ def _forget_compiled_programs():
     """A long session would otherwise hold thousands of programs and run out of memory maps."""
     yield
     jax.clear_caches()
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first, so that at the end no process is left alone with one of them."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
