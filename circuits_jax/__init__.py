@@ -47,7 +47,8 @@ from circuits_jax.heads.outcomes import frozen_patterns, log_likelihood, logit_d
 from circuits_jax.heads.patching import knock_out_direction, patch_edges, patch_heads, patch_mlps, patch_residual
 from circuits_jax.heads.taxonomy import HeadReport, classify_heads, classify_weights
 from circuits_jax.models.config import Rotary, TransformerConfig
-from circuits_jax.models.graph import cut, edge_names, keep_only
+from circuits_jax.models.graph import between_heads, cut, edge_names, keep_only
+from circuits_jax.models.graph import outputs as sender_outputs
 from circuits_jax.models.interventions import Edges, Interventions, Replacement
 from circuits_jax.models.planted import Planted, plant
 from circuits_jax.models.planted_recipes import PlantedHead, Recipe
@@ -95,6 +96,7 @@ __all__ = [
     "agreement",
     "attribute_edges",
     "benjamini_hochberg",
+    "between_heads",
     "circuit_of",
     "classify_heads",
     "classify_weights",
@@ -152,6 +154,7 @@ __all__ = [
     "qk_with_bias",
     "quality",
     "same_layer_scores",
+    "sender_outputs",
     "spectral_gaps",
     "spectral_null",
     "stable_rank",

@@ -251,8 +251,9 @@ TABLE = {
         lambda x, changes: residual.change_residual(x, residual.Senders((x[None],), None), changes, 0)[0],
         (array(T, 8), cj.Interventions(residual_added=array(L + 1, T, 8))),
     ),
+    "sender_outputs": (lambda seen: cj.sender_outputs(CONFIG, seen), (SEEN,)),
     "graph.outputs": (lambda seen: graph.outputs(CONFIG, seen), (SEEN,)),
-    "graph.between_heads": (lambda edges: graph.between_heads(CONFIG, edges), (EDGES,)),
+    "between_heads": (lambda edges: graph.between_heads(CONFIG, edges), (EDGES,)),
     "edge_sets.edges_of": (lambda values: edge_sets.edges_of(CONFIG, values), (array(N_EDGES),)),
     "edge_sets.live": (lambda kept: edge_sets.live(CONFIG, kept), (array(N_EDGES, dtype=bool),)),
     "edge_sets.value_of": (

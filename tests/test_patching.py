@@ -316,6 +316,8 @@ def test_directions_of_another_shape():
     for shape in ((B,), (B, T, 1), (2, B, T)):
         with pytest.raises(ValueError, match=r"becomes must be a number, \[T\] or \[B,T\] = \[3, 8\]; got"):
             knock_out_direction(TWO, params, batch, np.ones(8, np.float32), becomes=np.ones(shape))
+    with pytest.raises(ValueError, match="directions must not be zero"):
+        knock_out_direction(TWO, params, batch, np.zeros(8, np.float32))
     outside = dataclasses.replace(batch, tokens=batch.tokens.at[0, 0].set(V))
     with pytest.raises(ValueError, match="tokens must be in"):
         knock_out_direction(TWO, params, outside, np.ones(8, np.float32))

@@ -192,7 +192,7 @@ def knock_out_direction(
         What the metric returns, with [2,L,H] in front: q, then k.
 
     Raises:
-        ValueError: bad tokens, or an array of another shape.
+        ValueError: bad tokens, an array of another shape, or a direction of length 0.
     """
     check_tokens(config, batch.tokens)
     check_chunk(chunk)
@@ -200,6 +200,8 @@ def knock_out_direction(
     wanted = (config.n_layers, config.n_heads, config.d_model)
     if directions.shape not in (wanted, wanted[-1:]):
         raise ValueError(f"directions must be [D] or [L,H,D] = {list(wanted)}; got {list(directions.shape)}")
+    if not isinstance(directions, jax.core.Tracer) and not np.linalg.norm(directions, axis=-1).all():
+        raise ValueError("directions must not be zero: a head cannot lose a direction that is none")
     try:
         becomes = jnp.broadcast_to(becomes, batch.tokens.shape)
     except ValueError:
