@@ -198,9 +198,10 @@ def look(part: Part, settings: Settings, folder: Path) -> compared.Looked:
         keys = jax.random.split(jax.random.key(settings.key), len(edges))
         found = []
         n_models = len(edges)
-        for first in range(0, n_models, AT_ONCE):
+        at_once = min(AT_ONCE, n_models)
+        for first in range(0, n_models, at_once):
             # Always as many, the last ones twice if need be, so that models of one shape share one compiled program.
-            rows = np.minimum(np.arange(first, first + AT_ONCE), n_models - 1)
+            rows = np.minimum(np.arange(first, first + at_once), n_models - 1)
             some = run(*jax.tree.map(lambda x, rows=rows: x[rows], (params, keys)), batch)
             found.append(jax.tree.map(lambda x, n=n_models - first: np.asarray(x)[:n], some))
         arrays = kept_parts.flat(jax.tree.map(lambda *x: np.concatenate(x), *found))
