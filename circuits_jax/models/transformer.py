@@ -132,6 +132,7 @@ class Attention(nn.Module):
         if config.positions == "rotary":
             q, k = (rotate(x, jnp.arange(length), config.rotary) for x in (q, k))
 
+        # Not q @ k.T: XLA would lay a changed k out in another way, and round otherwise.
         scores = jnp.einsum("htk,hsk->hts", q, k) / math.sqrt(d_head)
         causal = jnp.tril(jnp.ones((length, length), bool))
         pattern = replaced(jax.nn.softmax(scores, axis=-1, where=causal), interventions.patterns)
