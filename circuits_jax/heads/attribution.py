@@ -30,7 +30,7 @@ def attribute_edges(
     n_steps: int = 0,
     chunk: int = 8,
 ) -> Edges:
-    """Estimates effects.edge_effects, the fall of the metric m when an edge is cut, for all edges at once.
+    """Estimates edge_effects.edge_effects, the fall of the metric m when an edge is cut, for all edges at once.
 
         dm/de at e = 1, the model as it is                      n_steps = 0, one backward pass
         mean of dm/de at e = (i + 1/2)/n, i < n, for all edges  n_steps = n, integrated gradients

@@ -84,13 +84,13 @@ def quality(
         batch: B sequences, others than the circuit was searched on: there it reaches its target by construction.
         found: a circuit, or a discovery with its alternatives.
         metric: one number that rises with success; see outcomes.Metric.
-        reference: what a cut edge carries, of this batch, as in discovery.faithfulness.
+        reference: what a cut edge carries, of this batch, as in edge_sets.faithfulness.
         n_random: how many random sets K; each edge is in it with a chance of one half.
         key: of these sets; jax.random.key(0) when left out.
         chunk: how many runs are held in memory at once.
 
     Raises:
-        ValueError: a circuit of another model or without edges, n_random below 0, and as in discovery.faithfulness.
+        ValueError: a circuit of another model or without edges, n_random below 0, and as in edge_sets.faithfulness.
     """
     circuits = found.alternatives if isinstance(found, Discovery) else (found,)
     union = found.union if isinstance(found, Discovery) else found

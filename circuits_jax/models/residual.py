@@ -20,7 +20,7 @@ class Senders:
     written: tuple[Array, ...]
     references: Array | None
 
-    def and_(self, outputs: Array) -> "Senders":
+    def followed_by(self, outputs: Array) -> "Senders":
         """With the outputs [n,T,D] of the next n nodes."""
         if self.references is not None:
             first = sum(map(len, self.written))

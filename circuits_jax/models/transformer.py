@@ -217,12 +217,12 @@ class Block(nn.Module):
             output, scores, pattern, head_outputs = (
                 done.attention_outputs, done.scores, done.patterns, done.head_outputs,
             )  # fmt: skip
-        x, senders = x + output, senders.and_(head_outputs)
+        x, senders = x + output, senders.followed_by(head_outputs)
         mlp_output = jnp.zeros_like(x)
         if self.config.d_mlp:
             read = read_through(Normalize(self.config.norm, name="mlp_norm"), x, senders.read(x, edges.mlp, layer))
             mlp_output = replaced(MLP(self.config, name="mlp")(read), here.mlp_outputs)
-            x, senders = x + mlp_output, senders.and_(mlp_output[None])
+            x, senders = x + mlp_output, senders.followed_by(mlp_output[None])
         return x, (scores, pattern, head_outputs, output, mlp_output), senders
 
 
@@ -251,7 +251,7 @@ class Transformer(nn.Module):
         if config.positions == "learned":
             x, positions = x + positions, 0.0
 
-        senders = Senders((), interventions.edge_outputs).and_(x[None])
+        senders = Senders((), interventions.edge_outputs).followed_by(x[None])
         x, senders = change_residual(x, senders, interventions, 0)
         residual, seen = [x], []
         for layer in range(config.n_layers):

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 from circuits_jax.heads import calibration, verdicts
 from circuits_jax.heads.calibration import bootstrap_interval, proportion_interval
+from circuits_jax.heads.edge_sets import edges_of
 from circuits_jax.models import graph
 from circuits_jax.models.config import TransformerConfig
 from circuits_jax.reports.run_folder import Figure
@@ -35,14 +37,12 @@ def figures(configs: Sequence[TransformerConfig], found: Sequence[Mapping[str, n
     backed = all_of["n_alternatives"] > 1
     out["backed_up"] = Figure("models with backups", float(backed.mean()), proportion_interval(int(backed.sum()), n))
     pairs = [_k_edges(config, part) for config, part in zip(configs, found, strict=True)]
-    kept, named, exist = (np.concatenate(x) for x in zip(*pairs, strict=True))
-    # In a circuit: named by weights? Named by weights: in the union?
+    kept, named = (np.concatenate(x) for x in zip(*pairs, strict=True))
     for name, statistic, text in (
         ("k_edges_named", calibration.precision, "K-edges between heads in the union that weights name"),
         ("k_edges_found", calibration.recall, "K-edges that weights name that are in the union"),
     ):
-        interval = bootstrap_interval(statistic, kept & exist, named & exist)
-        out[name] = Figure(text, statistic(kept & exist, named & exist), interval)
+        out[name] = Figure(text, statistic(kept, named), bootstrap_interval(statistic, kept, named))
     return out
 
 
@@ -50,19 +50,11 @@ def _median(values: np.ndarray) -> tuple[float, tuple[float, float]]:
     return float(np.median(values)), bootstrap_interval(lambda x: float(np.median(x)), values)
 
 
-def _k_edges(config: TransformerConfig, part: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """[M,U] each: edges between heads into k that are in the union, that weights name, that exist."""
-    names = graph.edge_names(config)
-    heads = [(layer, head) for layer in range(config.n_layers) for head in range(config.n_heads)]
-    kept = np.zeros((len(part["union"]), len(heads), len(heads)), bool)
-    for i, a in enumerate(heads):
-        for j, b in enumerate(heads):
-            if a[0] < b[0]:
-                kept[:, i, j] = part["union"][:, names.index(f"{a[0]}.{a[1]}->{b[0]}.{b[1]}.k")]
-    named = part["predicted"].reshape(kept.shape) > verdicts.THRESHOLD
-    exist = verdicts.earlier(part["predicted"]).reshape(kept.shape[1:])
-    flat = len(kept), -1
-    return kept.reshape(flat), named.reshape(flat), np.broadcast_to(exist, kept.shape).reshape(flat)
+def _k_edges(config: TransformerConfig, part: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """[M,L,H,L,H] each: K-edges between heads that are in the union, and those that weights name."""
+    unions = [edges_of(config, jnp.asarray(kept)) for kept in part["union"]]
+    into_k = [graph.between_heads(config, edges)[graph.INPUTS.index("k")] for edges in unions]
+    return np.stack(into_k).astype(bool), part["predicted"] > verdicts.THRESHOLD
 
 
 def table(
