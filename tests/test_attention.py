@@ -12,7 +12,7 @@ import circuits_jax
 from circuits_jax.circuits import attention
 from circuits_jax.circuits.weights import CircuitWeights, params_from_weights
 from circuits_jax.models.config import Rotary, TransformerConfig
-from circuits_jax.models.transformer import NORM_EPSILON, apply, forward, init_params
+from circuits_jax.models.transformer import apply, forward, init_params
 
 V, T, L, H, D, K = 7, 6, 2, 3, 16, 6
 WHOLE = Rotary()
@@ -263,7 +263,7 @@ def test_the_first_layer_is_what_its_circuits_and_biases_say(norm, form, n_kv_he
     centred = lambda y: y - y.mean(-1, keepdims=True) if norm == "layer" else y  # noqa: E731
     x = centred(x)
     if norm != "none":
-        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + NORM_EPSILON)
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
     scores = scores_of(dense(circuit), x)
     np.testing.assert_allclose(seen.scores[0], scores, rtol=0, atol=1e-5 * np.abs(scores).max())
     outputs = np.asarray(seen.patterns[0], np.float64) @ x @ dense(ov)[0] + np.asarray(ov_bias)[0, :, None]

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from circuits_jax import CircuitWeights
+from circuits_jax.circuits import reading
 from circuits_jax.heads import ideal_inputs as ideal
 from circuits_jax.models.config import Rotary
-from circuits_jax.models.transformer import Normalize
+from circuits_jax.models.position_wise import Normalize
+from circuits_jax.models.transformer import attend
 
 L, H, D, K, N, T = 3, 4, 10, 4, 5, 7
 POSITIONS = ("learned", "shortformer", "shortformer-layers", "rotary", "none")
@@ -20,8 +22,8 @@ NORMS = ("none", "rms", "layer")
 SHARES = np.random.default_rng(5).random((2, L, H)).astype(np.float32)
 
 position_inputs = jax.jit(ideal.position_inputs, static_argnums=1)
-position_scores = jax.jit(ideal.position_scores)
-token_scores = jax.jit(ideal.token_scores)
+position_scores = jax.jit(reading.position_scores)
+token_scores = jax.jit(reading.token_scores)
 written = jax.jit(ideal.written)
 ideal_inputs = jax.jit(ideal.ideal_inputs, static_argnums=1)
 
@@ -149,7 +151,7 @@ def test_where_tokens_are_alike_the_rows_are_what_heads_really_read(norm):
     token[:, 5:], place[:, :5] = 0.0, 0.0
     token[:, :5], place[:, 5:] = centre(token[:, :5]), centre(place[:, 5:])
     weights = dataclasses.replace(weights, W_E=token, W_P=place)
-    real = ideal.normalized(weights, token[0] + place)
+    real = reading.normalized(weights, token[0] + place)
     np.testing.assert_allclose(position_inputs(weights, T)[0], real, rtol=1e-4, atol=1e-5)
 
 
@@ -165,11 +167,11 @@ def test_normalized_is_the_model_s_norm_without_gain(norm):
     weights = random_weights("none", norm)
     residual = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, D)) * 4 + 1, jnp.float32)
     residual = residual.at[0, 0].set(0.0)  # where only epsilon keeps it finite
-    module = Normalize(norm)
+    module = Normalize(norm, 1e-5)
     expected = module.apply(module.init(jax.random.key(0), residual), residual)
-    np.testing.assert_allclose(ideal.normalized(weights, residual), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(reading.normalized(weights, residual), expected, rtol=1e-5, atol=1e-6)
     if norm != "none":
-        size = np.square(ideal.normalized(weights, residual)).mean(-1)
+        size = np.square(reading.normalized(weights, residual)).mean(-1)
         np.testing.assert_allclose(size.ravel()[1:], 1.0, rtol=1e-4)
         assert size[0, 0] == 0
 
@@ -216,7 +218,7 @@ def test_with_rotary_positions_equal_rows_score_by_their_offset_alone():
 
 def test_causal_pattern_is_a_softmax_over_what_can_be_seen():
     scores = np.float32(3 * np.random.default_rng(0).normal(size=(2, T, T)))
-    got = np.asarray(ideal.causal_pattern(scores))
+    got = np.asarray(attend(scores, True))
     for head in range(2):
         for t in range(T):
             seen = np.exp(scores[head, t, : t + 1].astype(np.float64))
@@ -239,7 +241,7 @@ def test_written_is_the_sum_over_earlier_heads(seed, n_groups):
 def test_values_leave_out_their_bias():
     weights = dataclasses.replace(random_weights("none"), b_V=jnp.ones((L, 2, K)))
     rows = np.float32(np.random.default_rng(0).normal(size=(N, D)))
-    got = ideal.values(weights, rows)
+    got = reading.values(weights, rows)
     for layer, head in np.ndindex(L, H):
         np.testing.assert_allclose(got[layer, head], rows @ array(weights, "W_V")[layer, head], rtol=1e-4, atol=1e-5)
 
@@ -299,7 +301,7 @@ def test_mixed_rows_are_read_through_the_norm(asked):
         alone = [x * s + place for x, s, place in zip(alone, scale, array(weights, "W_P"), strict=True)]
     which = []
     for t in range(T):
-        candidates = np.asarray(ideal.normalized(weights, jnp.asarray(alone[t], jnp.float32)))
+        candidates = np.asarray(reading.normalized(weights, jnp.asarray(alone[t], jnp.float32)))
         distance = np.abs(candidates - inputs.mixed_values[0, t]).max(-1)
         assert distance.min() < 1e-4
         which.append(int(distance.argmin()))

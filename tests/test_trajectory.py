@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from circuits_jax import CircuitWeights, Interventions, TransformerConfig, accuracy, forward, next_token_loss
+from circuits_jax.circuits import reading
 from circuits_jax.heads import evidence, patterns, recall, signatures, trajectory
 from circuits_jax.heads import ideal_inputs as ideal
 from circuits_jax.models.transformer import init_params
@@ -75,7 +76,7 @@ def test_every_score_is_that_of_its_source(signed):
         weights = CircuitWeights.from_params(config, params)
         return {
             "pattern": signatures.position_pattern(weights, T),
-            "scores": ideal.token_scores(weights, *[ideal.token_inputs(weights, T)] * 2, np.arange(T)),
+            "scores": reading.token_scores(weights, *[ideal.token_inputs(weights, T)] * 2, np.arange(T)),
             "output_recall_weights": recall.output_recall(weights),
             "previous_recall_weights": recall.previous_recall(weights, LOOKS_BACK),
             **evidence.from_weights(config, params, LOOKS_BACK, N_DISTRACTORS),

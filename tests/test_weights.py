@@ -10,7 +10,7 @@ import pytest
 
 from circuits_jax.circuits.weights import CircuitWeights, check_params, params_from_weights, per_query_head
 from circuits_jax.models.config import Rotary, TransformerConfig
-from circuits_jax.models.transformer import NORM_EPSILON, forward, init_params
+from circuits_jax.models.transformer import forward, init_params
 
 TOKENS = np.array([3, 0, 4, 4, 1, 6])
 SHAPE = {"n_vocab": 7, "n_context": 8, "n_layers": 2, "n_heads": 2, "d_model": 16, "d_head": 6}
@@ -70,7 +70,7 @@ def normalise(weights, x):
         return x
     if weights.norm == "layer":
         x = x - x.mean(-1, keepdims=True)
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + NORM_EPSILON)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
 
 
 def seen_by_readers(weights, x):

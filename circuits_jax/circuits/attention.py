@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from circuits_jax.circuits.linear_algebra import einsum, matmul, qr
 from circuits_jax.circuits.low_rank import LowRank
 from circuits_jax.circuits.weights import CircuitWeights, per_query_head
-from circuits_jax.models.rotary import rotary_angles, rotate, turn_pairs
+from circuits_jax.models.rotary import relative
 
 
 def qk(weights: CircuitWeights, offset: ArrayLike = 0) -> LowRank:
@@ -55,8 +55,7 @@ def rotated_queries(weights: CircuitWeights, offsets: Array) -> Array:
     """mean over offsets of W_Q R_offset, [L,H,D,K]; W_Q itself without rotary positions."""
     if weights.positions != "rotary":
         return weights.W_Q
-    angles = rotary_angles(weights.W_Q, offsets, weights.rotary)
-    return turn_pairs(weights.W_Q, jnp.cos(angles).mean(0), jnp.sin(angles).mean(0), weights.rotary)
+    return relative(weights.W_Q, offsets, weights.rotary)
 
 
 def offset_profile(weights: CircuitWeights) -> Array:
@@ -78,7 +77,7 @@ def offset_profile(weights: CircuitWeights) -> Array:
     r_q, r_k = qr(weights.W_Q)[1], per_query_head(weights, qr(weights.W_K)[1])
 
     def norm_at(offset: Array) -> Array:
-        return jnp.linalg.norm(matmul(rotate(r_q, offset, weights.rotary), r_k.mT), axis=(-2, -1))
+        return jnp.linalg.norm(matmul(relative(r_q, offset[None], weights.rotary), r_k.mT), axis=(-2, -1))
 
     # One offset after the other: all at once would take n_context times the memory of the heads.
     return jnp.moveaxis(jax.lax.map(norm_at, jnp.arange(length)), 0, -1)

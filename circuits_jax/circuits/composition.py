@@ -1,5 +1,7 @@
 """How much a head reads of what an earlier head wrote: Q-, K- and V-composition of all pairs of heads.
 
+Post-norm models have no composition through these weights, and are refused (weights.check_composes).
+
 All pairs of two layers are one matmul [H K, D] x [D, H K], and one pair of layers is held at a time: memory is
 (H K)^2 numbers whatever the number of layers. Weights may be bfloat16; a layer is float32 while it is looked at.
 """
@@ -18,8 +20,8 @@ from circuits_jax.circuits.attention import mean_qk, ov, rotated_queries
 from circuits_jax.circuits.linear_algebra import einsum, matmul
 from circuits_jax.circuits.low_rank import LowRank
 from circuits_jax.circuits.token_space import TokenCircuit
-from circuits_jax.circuits.weights import CircuitWeights, per_query_head
-from circuits_jax.models.rotary import rotate
+from circuits_jax.circuits.weights import CircuitWeights, check_composes, per_query_head
+from circuits_jax.models.rotary import relative
 from circuits_jax.models.transformer import repeat_groups
 
 
@@ -97,6 +99,7 @@ def projection_kernel(weights: CircuitWeights) -> CompositionScores:
     U, V: orthonormal bases of the rows of W_O^a and of the columns of W_Q^b, W_K^b and W_V^b. The dimension that the
     two subspaces share, whatever the strength in it; K^2 / D on average for random ones.
     """
+    check_composes(weights)
     writes = orthonormalisation.qr(weights.W_O.mT.astype(jnp.float32))[0].mT
     reads = [orthonormalisation.qr(w.astype(jnp.float32))[0] for w in (weights.W_Q, weights.W_K, weights.W_V)]
 
@@ -122,7 +125,7 @@ def virtual_head(weights: CircuitWeights, sender: tuple[int, int], receiver: tup
         ValueError: the sender is not in an earlier layer.
         IndexError: no such head.
     """
-    _check_order(sender, receiver)
+    _check_pair(weights, sender, receiver)
     circuits = ov(weights)
     return circuits[sender] @ circuits[receiver]
 
@@ -139,7 +142,7 @@ def k_path(weights: CircuitWeights, sender: tuple[int, int], receiver: tuple[int
         ValueError: the sender is not in an earlier layer.
         IndexError: no such head.
     """
-    _check_order(sender, receiver)
+    _check_pair(weights, sender, receiver)
     return TokenCircuit(weights.W_E, mean_qk(weights)[receiver] @ ov(weights)[sender].T)
 
 
@@ -149,6 +152,7 @@ def k_path_gaps(weights: CircuitWeights) -> Array:
     tr/V - (sum - tr)/(V (V - 1)) of W_E W_QK^b (W_OV^a)^T W_E^T with tr = <W_V^T G W_Q, W_O W_K>, G = W_E^T W_E, and
     the sum the same with G = s s^T, s the sum of all embeddings: no vocabulary, one pair of layers at a time.
     """
+    check_composes(weights)
     n_vocab, total = len(weights.W_E), weights.W_E.sum(0)
     gram = matmul(weights.W_E.T, weights.W_E)
     n_layers, n_heads = weights.W_Q.shape[:2]
@@ -170,7 +174,8 @@ def k_path_gaps(weights: CircuitWeights) -> Array:
     return over_layer_pairs(n_layers, reads, gap)
 
 
-def _check_order(sender: tuple[int, int], receiver: tuple[int, int]) -> None:
+def _check_pair(weights: CircuitWeights, sender: tuple[int, int], receiver: tuple[int, int]) -> None:
+    check_composes(weights)
     if not sender[0] < receiver[0]:
         raise ValueError(f"the sender must be in an earlier layer than the receiver; got {sender} and {receiver}")
 
@@ -180,6 +185,7 @@ def _factors(weights: CircuitWeights, offset: ArrayLike) -> tuple[Layer, Readers
 
     W_OV = W_V W_O has the norms, and the norms of products, of R_V W_O; W_QK of W_Q R_K^T, its transpose of W_K R_Q^T.
     """
+    check_composes(weights)
     n_heads, n_groups = weights.W_Q.shape[1], weights.W_K.shape[1]
 
     def triangles(layer: Array) -> Array:
@@ -190,7 +196,7 @@ def _factors(weights: CircuitWeights, offset: ArrayLike) -> tuple[Layer, Readers
         return x.reshape(n_groups, n_heads // n_groups, *x.shape[1:])
 
     def turned(x: Array) -> Array:
-        return rotate(x, offset, weights.rotary) if weights.positions == "rotary" else x
+        return relative(x, jnp.atleast_1d(jnp.asarray(offset)), weights.rotary) if weights.positions == "rotary" else x
 
     factors = jax.lax.map(triangles, jnp.arange(len(weights.W_Q)))
     r_q, r_o, r_k, r_v = jnp.split(factors, (n_heads, 2 * n_heads, 2 * n_heads + n_groups), axis=1)

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from circuits_jax.circuits.linear_algebra import einsum, matmul
-from circuits_jax.models.config import Norm, Positions, Rotary, TransformerConfig
+from circuits_jax.models.config import Norm, NormPosition, Positions, Rotary, TransformerConfig
 from circuits_jax.models.transformer import Params, init_params, repeat_groups
 
 # What each array is made of, in the order in which a contradiction is looked for.
 SHAPES = {
     "W_E": "VD", "W_Q": "LHDK", "W_K": "LGDK", "W_V": "LGDK", "W_O": "LHKD", "W_U": "DV", "W_P": "TD",
-    "b_Q": "LHK", "b_K": "LGK", "b_V": "LGK", "b_O": "LD", "b_U": "V",
+    "b_Q": "LHK", "b_K": "LGK", "b_V": "LGK", "b_O": "LD", "b_U": "V", "q_gain": "LK", "k_gain": "LK",
 }  # fmt: skip
 
 
@@ -27,18 +27,28 @@ class CircuitWeights:
     these weights act on the residual after it was normalised without gain. With LayerNorm the mean direction is
     projected out of what reads (and of what is embedded and written), because no reader sees it.
 
+    In a post-norm model (BERT) gains of norms stand between what one layer writes and what the next one reads: QK and
+    OV circuits of a head are exact, but a product of the W_O of one head with weights of another, composition, is not
+    one of the model's, and is refused. W_U is what unembeds; in front of it BERT has a transform that, like MLPs, is
+    left out.
+
     Attributes:
         W_E: [V,D], embedding_scale in it: what enters the residual stream. W_U: [D,V], free of that scale.
         W_Q: [L,H,D,K]. W_O: [L,H,K,D].
         W_K, W_V: [L,G,D,K], G a divisor of H. Query head h reads the keys and values of head h // (H/G); see
             per_query_head.
-        W_P: [T,D] position vectors, or None for "none" and "rotary". [L,T,D] for "shortformer" with a norm, where
-            the gain folded into W_Q and W_K has to be taken out of the positions again, layer by layer; a gain of
-            exactly zero cannot be taken out and gives NaN.
+        W_P: [T,D] position vectors (the embedding of segment 0 in them), or None for "none" and "rotary". [L,T,D] for
+            "shortformer" with a norm, where the gain folded into W_Q and W_K has to be taken out of the positions
+            again, layer by layer; a gain of exactly zero cannot be taken out and gives NaN.
+        q_gain, k_gain: [L,K], None without qk-norm, which divides q = x W_Q + b_Q by the root mean square of q / q_gain
+            (scores.queries), and k alike. They are folded into W_Q and W_K, so that qk is the circuit up to these two
+            sizes; a gain of exactly zero gives NaN.
         b_Q: [L,H,K]. b_K, b_V: [L,G,K]. b_O: [L,D]. b_U: [V]. None means zero.
         n_context: longest sequence; needed with "none" and "rotary" positions, where no W_P tells it.
         positions: how positions enter, as in TransformerConfig.
-        norm: the norm, now without gain and bias, between the residual stream and these weights.
+        norm, norm_epsilon: the norm, now without gain and bias, between the residual stream and these weights.
+        norm_position: "pre" or "post", as in TransformerConfig.
+        causal: whether a query sees no later key.
         rotary: how "rotary" positions turn q and k.
     """
 
@@ -54,10 +64,15 @@ class CircuitWeights:
     b_V: Array | None = None
     b_O: Array | None = None
     b_U: Array | None = None
+    q_gain: Array | None = None
+    k_gain: Array | None = None
     n_context: int = dataclasses.field(default=0, metadata={"static": True})
     positions: Positions = dataclasses.field(default="learned", metadata={"static": True})
     norm: Norm = dataclasses.field(default="none", metadata={"static": True})
     rotary: Rotary = dataclasses.field(default=Rotary(), metadata={"static": True})
+    norm_epsilon: float = dataclasses.field(default=1e-5, metadata={"static": True})
+    norm_position: NormPosition = dataclasses.field(default="pre", metadata={"static": True})
+    causal: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property
     def context_length(self) -> int:
@@ -84,11 +99,11 @@ class CircuitWeights:
             weights["b_U"] = params["b_U"]
         weights["W_U"] = params["W_E"].T if config.tied else params["W_U"]
         if "W_P" in params:
-            weights["W_P"] = params["W_P"]
+            weights["W_P"] = params["W_P"] + params["W_S"][0] if config.n_segments else params["W_P"]
 
         if config.norm != "none":
             gain = jnp.stack([p["attention_norm"]["scale"] for p in layers])
-            final = params["final_norm"]
+            final = params["unembed_transform"]["norm"] if config.unembed_transform else params["final_norm"]
             if config.norm == "layer":
                 shift = jnp.stack([p["attention_norm"]["bias"] for p in layers])
                 for name in ("Q", "K", "V"):
@@ -108,6 +123,12 @@ class CircuitWeights:
             weights["W_O"] = centre(weights["W_O"], -1)
             if config.bias:
                 weights["b_O"] = centre(weights["b_O"], -1)
+        if config.qk_norm:
+            for name in ("q", "k"):
+                gain = weights[f"{name}_gain"] = stack(f"{name}_gain")
+                weights[f"W_{name.upper()}"] = weights[f"W_{name.upper()}"] * gain[:, None, None]
+                if f"b_{name.upper()}" in weights:
+                    weights[f"b_{name.upper()}"] = weights[f"b_{name.upper()}"] * gain[:, None]
         return CircuitWeights(
             W_E=centre(config.embedding_scale * params["W_E"], -1),
             **weights,
@@ -115,6 +136,9 @@ class CircuitWeights:
             positions=config.positions,
             norm=config.norm,
             rotary=config.rotary,
+            norm_epsilon=config.norm_epsilon,
+            norm_position=config.norm_position,
+            causal=config.causal,
         )
 
 
@@ -157,6 +181,15 @@ def check_positions(weights: CircuitWeights) -> None:
         )
 
 
+def check_composes(weights: CircuitWeights) -> None:
+    """Raises ValueError where what one head writes does not reach another through these weights alone."""
+    if weights.norm_position == "post":
+        raise ValueError(
+            "composition needs norm_position 'pre': in a post-norm model gains of norms stand between what one layer "
+            "writes and what the next one reads. Use causal effects (ablate_heads)"
+        )
+
+
 def check_shapes(weights: CircuitWeights) -> None:
     """Raises ValueError that names the first array whose shape contradicts W_E [V,D], W_Q [L,H,D,K] or W_K [L,G,D,K].
 
@@ -185,8 +218,8 @@ def params_from_weights(weights: CircuitWeights) -> tuple[TransformerConfig, Par
     """The attention-only model with these weights: the way in for arrays of one's own.
 
     Args:
-        weights: W_P [T,D], or n_context where there is none, fixes the context; positions "shortformer" with a norm
-            cannot go back.
+        weights: W_P [T,D], or n_context where there is none, fixes the context; positions "shortformer" with a norm,
+            and post-norm models, cannot go back.
 
     Returns:
         A config and params whose forward pass uses exactly these weights; norms get gain 1 and bias 0, the
@@ -198,11 +231,14 @@ def params_from_weights(weights: CircuitWeights) -> tuple[TransformerConfig, Par
     check_positions(weights)
     if weights.W_P is not None and weights.W_P.ndim == 3:
         raise ValueError("W_P must be [T,D]: a shortformer model with norm gains folded in cannot go back")
+    if weights.norm_position == "post":
+        raise ValueError("norm_position must be 'pre': a post-norm model with norm gains folded in cannot go back")
     check_shapes(weights)
     if not weights.context_length:
         raise ValueError("n_context must be given when the weights have no W_P")
     n_layers, n_heads, d_model, d_head = weights.W_Q.shape
     n_groups, rotary = weights.W_K.shape[1], weights.rotary
+    qk_norm = weights.q_gain is not None
 
     biases = {name: getattr(weights, name) for name in ("b_Q", "b_K", "b_V", "b_O", "b_U")}
     bias = any(value is not None for value in biases.values())
@@ -210,7 +246,8 @@ def params_from_weights(weights: CircuitWeights) -> tuple[TransformerConfig, Par
         n_vocab=len(weights.W_E), n_context=weights.context_length, n_layers=n_layers, n_heads=n_heads,
         d_model=d_model, d_head=d_head, n_kv_heads=n_groups if n_groups != n_heads else 0, norm=weights.norm,
         positions=weights.positions, rotary_dim=rotary.dim, rotary_pairs=rotary.pairs, rotary_base=rotary.base,
-        bias=bias,
+        rotary_frequencies=rotary.frequencies, rotary_scale=rotary.scale, bias=bias, causal=weights.causal,
+        norm_epsilon=weights.norm_epsilon, qk_norm=qk_norm,
     )  # fmt: skip
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, weights.W_E.dtype), shapes)
@@ -225,6 +262,9 @@ def params_from_weights(weights: CircuitWeights) -> tuple[TransformerConfig, Par
             value = getattr(weights, name)
             if value is not None:
                 attention[name] = value[layer]
+        for name in ("Q", "K") if qk_norm else ():
+            gain = attention[f"{name.lower()}_gain"]
+            attention |= {key: attention[key] / gain for key in (f"W_{name}", f"b_{name}") if key in attention}
     if config.norm != "none":
         for module in (params["final_norm"], *(params[f"layer_{i}"]["attention_norm"] for i in range(n_layers))):
             module["scale"] = jnp.ones(d_model, weights.W_E.dtype)

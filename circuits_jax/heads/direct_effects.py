@@ -13,7 +13,7 @@ from circuits_jax.heads.outcomes import Metric, frozen_patterns, log_likelihood,
 from circuits_jax.models import graph
 from circuits_jax.models.config import TransformerConfig
 from circuits_jax.models.interventions import Edges, Replacement
-from circuits_jax.models.transformer import NORM_EPSILON, Params, check_tokens
+from circuits_jax.models.transformer import Params, check_tokens
 from circuits_jax.tasks.batch import Batch
 
 
@@ -80,7 +80,7 @@ def _direct(config: TransformerConfig, params: Params, tokens: Array, readout: A
             # Centring is linear: as well done to the directions as to everything that is written.
             directions = directions - directions.mean(0)
             final = final - final.mean(-1, keepdims=True)
-        scale = jax.lax.rsqrt(jnp.square(final).mean(-1, keepdims=True) + NORM_EPSILON)
+        scale = jax.lax.rsqrt(jnp.square(final).mean(-1, keepdims=True) + config.norm_epsilon)
     if config.bias:
         b_o = sum(params[f"layer_{layer}"]["attention"]["b_O"] for layer in range(config.n_layers))
         bias = bias + scale * matmul(b_o, directions) + matmul(params["b_U"], readout)

@@ -5,16 +5,14 @@ so heads, null heads and models cost a few small matmuls each, whatever D and V:
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from circuits_jax.circuits.linear_algebra import einsum, matmul
-from circuits_jax.circuits.weights import CircuitWeights, check_positions, per_query_head
-from circuits_jax.models.rotary import rotary_angles, rotate, turn_pairs
-from circuits_jax.models.transformer import NORM_EPSILON
+from circuits_jax.circuits.linear_algebra import einsum
+from circuits_jax.circuits.reading import normalized, values
+from circuits_jax.circuits.weights import CircuitWeights, check_positions
 
 
 @jax.tree_util.register_dataclass
@@ -58,15 +56,7 @@ def residual_size(weights: CircuitWeights, length: int) -> Array:
     square = jnp.broadcast_to(jnp.square(weights.W_E).sum(-1).mean(), (length,))
     if weights.positions == "learned" and weights.W_P is not None:
         square = square + jnp.square(weights.W_P[:length]).sum(-1)
-    return jnp.sqrt(square / d_model + NORM_EPSILON)
-
-
-def normalized(weights: CircuitWeights, residual: Array) -> Array:
-    """The residual stream [...,D] as heads read it: divided by its own size, as the model's norm does."""
-    if weights.norm == "none":
-        return residual
-    centred = residual - residual.mean(-1, keepdims=True) if weights.norm == "layer" else residual
-    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + NORM_EPSILON)
+    return jnp.sqrt(square / d_model + weights.norm_epsilon)
 
 
 def position_inputs(weights: CircuitWeights, length: int, start: Array | None = None) -> Array:
@@ -93,56 +83,6 @@ def position_inputs(weights: CircuitWeights, length: int, start: Array | None = 
 def token_inputs(weights: CircuitWeights, length: int) -> Array:
     """Embeddings as heads read them, [n,D]."""
     return weights.W_E / residual_size(weights, length).mean()
-
-
-def queries(weights: CircuitWeights, rows: Array) -> Array:
-    """x W_Q + b_Q of rows [n,D], or [L,n,D] by layer: [L,H,n,K]."""
-    q = _read(rows, weights.W_Q)
-    return q if weights.b_Q is None else q + weights.b_Q[:, :, None]
-
-
-def keys(weights: CircuitWeights, rows: Array) -> Array:
-    """x W_K + b_K of rows [n,D], or [L,n,D] by layer: [L,H,n,K]."""
-    k = _read(rows, weights.W_K)
-    return per_query_head(weights, k if weights.b_K is None else k + weights.b_K[:, :, None])
-
-
-def values(weights: CircuitWeights, rows: Array) -> Array:
-    """x W_V of rows [n,D], or [L,n,D] by layer, without b_V, which does not depend on them: [L,H,n,K]."""
-    return per_query_head(weights, _read(rows, weights.W_V))
-
-
-def _read(rows: Array, matrices: Array) -> Array:
-    return einsum("nd,lhdk->lhnk" if rows.ndim == 2 else "lnd,lhdk->lhnk", rows, matrices)
-
-
-def position_scores(weights: CircuitWeights, from_rows: Array, to_rows: Array) -> Array:
-    """Scores in logits between rows that stand at the positions 0 ... T - 1, [L,H,T,T], query first, unmasked."""
-    q, k = queries(weights, from_rows), keys(weights, to_rows)
-    if weights.positions == "rotary":
-        place = jnp.arange(q.shape[-2])
-        q, k = (rotate(x, place, weights.rotary) for x in (q, k))
-    return matmul(q, k.mT) / math.sqrt(q.shape[-1])
-
-
-def token_scores(weights: CircuitWeights, from_rows: Array, to_rows: Array, offsets: Array) -> Array:
-    """Scores in logits between rows wherever they stand, [L,H,n,m]: with rotary positions the mean over the offsets."""
-    q, k = mean_over_offsets(weights, queries(weights, from_rows), offsets), keys(weights, to_rows)
-    return matmul(q, k.mT) / math.sqrt(q.shape[-1])
-
-
-def mean_over_offsets(weights: CircuitWeights, q: Array, offsets: Array) -> Array:
-    """mean over offsets of q R_offset, for queries [...,K]; q itself without rotary positions."""
-    if weights.positions != "rotary":
-        return q
-    angles = rotary_angles(q, offsets, weights.rotary)
-    return turn_pairs(q, jnp.cos(angles).mean(0), jnp.sin(angles).mean(0), weights.rotary)
-
-
-def causal_pattern(scores: Array) -> Array:
-    """Softmax of scores [...,T,T] over the keys that a query can see."""
-    length = scores.shape[-1]
-    return jax.nn.softmax(scores, axis=-1, where=jnp.tril(jnp.ones((length, length), bool)))
 
 
 def written(weights: CircuitWeights, rows: Array, share: Array) -> Array:

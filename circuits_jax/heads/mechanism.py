@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from circuits_jax.circuits import reading
 from circuits_jax.circuits.linear_algebra import einsum
 from circuits_jax.circuits.weights import CircuitWeights
-from circuits_jax.heads import ideal_inputs as ideal
 from circuits_jax.heads import patterns, signatures
 from circuits_jax.heads.structure import structure
 from circuits_jax.heads.type_evidence import relay_scores
@@ -61,7 +61,7 @@ def mechanisms(config: TransformerConfig, params: Params, looks_back: Array, bat
     looks = signatures.position_pattern(weights, length)
     of_heads = jax.vmap(jax.vmap(on_targets))(looks)
     of_pairs = jax.vmap(jax.vmap(on_targets))(einsum("bts,csu->cbtu", looks[1], looks[0]))
-    token_values, place_values = (ideal.values(found.weights, x) for x in (found.inputs.tokens, found.inputs.places))
+    token_values, place_values = (reading.values(found.weights, x) for x in (found.inputs.tokens, found.inputs.places))
     n, rank = token_values.shape[-2:]
     by_heads = token_match(token_values, weights.W_O, found.weights.W_U)
     by_pairs = relay_scores(found.weights, found.inputs, token_values, place_values).v

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from circuits_jax.circuits.linear_algebra import einsum, matmul
+from circuits_jax.circuits.reading import normalized
 from circuits_jax.circuits.weights import CircuitWeights, per_query_head
 from circuits_jax.heads import patterns
-from circuits_jax.heads.ideal_inputs import normalized
 from circuits_jax.heads.signatures import additive_diagonal, double_centred
 from circuits_jax.heads.structure import Structure
 from circuits_jax.heads.type_evidence import (

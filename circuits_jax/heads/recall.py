@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from circuits_jax.circuits import reading
 from circuits_jax.circuits.linear_algebra import matmul
 from circuits_jax.circuits.token_space import token_ov, top_share
 from circuits_jax.circuits.weights import CircuitWeights
@@ -26,7 +27,7 @@ def previous_recall(weights: CircuitWeights, queries: Array) -> Array:
     Among the positions up to t, all holding the mean token. NaN when no query counts.
     """
     rows = ideal.position_inputs(weights, len(queries))
-    scores = ideal.position_scores(weights, rows, rows)
+    scores = reading.position_scores(weights, rows, rows)
     causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
     seen = jnp.where(causal, scores, -jnp.inf)
     return jnp.mean(_is_best(seen[..., 1:, :], jnp.arange(len(queries) - 1)), axis=-1, where=queries[1:])
@@ -45,12 +46,12 @@ def match_recall(weights: CircuitWeights, tokens: Array) -> Array:
     n_layers, n_heads = weights.W_Q.shape[:2]
     rows = ideal.token_inputs(weights, weights.context_length)
     offsets = jnp.arange(weights.context_length)
-    wanted = ideal.mean_over_offsets(weights, ideal.queries(weights, rows[tokens]), offsets)
-    moved = ideal.values(weights, rows)
+    wanted = reading.mean_over_offsets(weights, reading.queries(weights, rows[tokens]), offsets)
+    moved = reading.values(weights, rows)
 
     def of_sender(layer: Array, head: Array) -> Array:
         sent = matmul(moved[layer, head], weights.W_O[layer, head])
-        scores = matmul(wanted, ideal.keys(weights, sent).mT)
+        scores = matmul(wanted, reading.keys(weights, sent).mT)
         recalled = _is_best(scores, tokens).mean(-1)
         return jnp.where(jnp.arange(n_layers)[:, None] > layer, recalled, 0.0)
 

@@ -16,10 +16,12 @@ from circuits_jax.circuits.attention import mean_qk
 from circuits_jax.circuits.composition import k_path_gaps
 from circuits_jax.circuits.linear_algebra import einsum
 from circuits_jax.circuits.low_rank import LowRank
+from circuits_jax.circuits.reading import position_scores
 from circuits_jax.circuits.spectra import entry_variance
 from circuits_jax.circuits.weights import CircuitWeights, per_query_head
 from circuits_jax.heads import patterns
-from circuits_jax.heads.ideal_inputs import causal_pattern, position_inputs, position_scores, residual_size
+from circuits_jax.heads.ideal_inputs import position_inputs, residual_size
+from circuits_jax.models.transformer import attend
 
 
 def previous_token(weights: CircuitWeights, queries: Array) -> Array:
@@ -43,7 +45,7 @@ def position_pattern(weights: CircuitWeights, length: int) -> Array:
     uniform.
     """
     rows = position_inputs(weights, length)
-    return causal_pattern(position_scores(weights, rows, rows))
+    return attend(position_scores(weights, rows, rows), weights.causal)
 
 
 def _mean_size(weights: CircuitWeights) -> Array:

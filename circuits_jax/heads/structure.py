@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from circuits_jax.circuits import reading
 from circuits_jax.circuits.linear_algebra import matmul
 from circuits_jax.circuits.orthonormalisation import triangle
 from circuits_jax.circuits.weights import CircuitWeights, per_query_head
@@ -32,6 +33,7 @@ from circuits_jax.heads.value_scores import (
     map_sharpness,
     token_match,
 )
+from circuits_jax.models.transformer import attend
 
 SOURCE_MARGIN = 1.25  # by which what a sender brings has to exceed what the embedding does
 N_OFFSETS = 4  # of rotary positions, at which tokens are scored to see what tokens and positions decide together
@@ -97,8 +99,8 @@ def _inputs(weights: CircuitWeights, queries: Array, start: Array | None, key: A
     length = len(queries)
     rows = ideal.position_inputs(weights, length, start)
     tokens = ideal.token_inputs(weights, length)
-    profile, _ = _profiles(ideal.position_scores(weights, rows, rows), queries)
-    copies = _matching(ideal.token_scores(weights, tokens, tokens, jnp.arange(length)), length / 2, 2)
+    profile, _ = _profiles(weights, reading.position_scores(weights, rows, rows), queries)
+    copies = _matching(reading.token_scores(weights, tokens, tokens, jnp.arange(length)), length / 2, 2)
     return ideal.ideal_inputs(weights, length, jnp.clip(profile[..., 1], 0.0), jnp.clip(copies, 0.0), start, key)
 
 
@@ -113,13 +115,13 @@ def qk_evidence(weights: CircuitWeights, inputs: IdealInputs, queries: Array, nu
     """
     length = len(queries)
     offsets, n_distractors = jnp.arange(length), length / 2
-    by_token = ideal.token_scores(weights, inputs.tokens, inputs.tokens, offsets)
-    by_sent = ideal.token_scores(weights, inputs.tokens, inputs.sent, offsets)
+    by_token = reading.token_scores(weights, inputs.tokens, inputs.tokens, offsets)
+    by_sent = reading.token_scores(weights, inputs.tokens, inputs.sent, offsets)
     # A pointer at j asks for the key at j + 1.
-    by_pointer = ideal.token_scores(weights, inputs.pointers[:, :-1], inputs.places[1:], offsets)
+    by_pointer = reading.token_scores(weights, inputs.pointers[:, :-1], inputs.places[1:], offsets)
     through_k, through_q = (_matching(x, n_distractors, 1) for x in (by_sent, by_pointer))
     by_k = through_k >= through_q
-    mixed = ideal.causal_pattern(ideal.position_scores(weights, inputs.mixed, inputs.mixed))
+    mixed = attend(reading.position_scores(weights, inputs.mixed, inputs.mixed), weights.causal)
     scores, offset = _positional_and_content(weights, queries, inputs, inputs)
     z = {name: against(score, null[name]) for name, score in scores.items()}
     scores["content"] = scores["content"] - null["content"].mean(0)
@@ -137,23 +139,23 @@ def qk_evidence(weights: CircuitWeights, inputs: IdealInputs, queries: Array, nu
         "diffuse": jnp.full_like(entropy, jnp.inf),
     }
     energy = lambda table: jnp.square(signatures.double_centred(table)).mean((-2, -1))  # noqa: E731
-    by_position = ideal.position_scores(weights, inputs.positions, inputs.positions)
+    by_position = reading.position_scores(weights, inputs.positions, inputs.positions)
     split = {"token_energy": energy(by_token), "position_energy": energy(by_position)}
     return Evidence(scores, z, {"offset": offset, "by_k": by_k, **split})
 
 
-def _profiles(scores: Array, queries: Array) -> tuple[Array, Array]:
-    """Above-chance offset profile [L,H,T] and first-token attention [L,H] of causal softmax(scores [L,H,T,T])."""
-    return above_chance_profiles(ideal.causal_pattern(scores), queries)
+def _profiles(weights: CircuitWeights, scores: Array, queries: Array) -> tuple[Array, Array]:
+    """Above-chance offset profile [L,H,T] and first-token attention [L,H] of softmax(scores [L,H,T,T])."""
+    return above_chance_profiles(attend(scores, weights.causal), queries)
 
 
 def _positional_and_content(
     weights: CircuitWeights, queries: Array, asking: IdealInputs, asked: IdealInputs
 ) -> tuple[Scores, Array]:
     """Of query rows against key rows, which are the same inputs unless heads are rotated."""
-    by_position = ideal.position_scores(weights, asking.positions, asked.positions)
-    by_token = ideal.token_scores(weights, asking.tokens, asked.tokens, jnp.arange(len(queries)))
-    scores, offset = positional_scores(*_profiles(by_position, queries))
+    by_position = reading.position_scores(weights, asking.positions, asked.positions)
+    by_token = reading.token_scores(weights, asking.tokens, asked.tokens, jnp.arange(len(queries)))
+    scores, offset = positional_scores(*_profiles(weights, by_position, queries))
     share = jax.vmap(jax.vmap(signatures.content))
     scores["content"] = share(by_token, by_position, _cross_energy(weights, by_token, asking, asked))
     return scores, offset
@@ -164,12 +166,12 @@ def _cross_energy(weights: CircuitWeights, by_token: Array, asking: IdealInputs,
     length = asking.positions.shape[-2]
     between = jax.vmap(jax.vmap(signatures.energy_between_different))
     if weights.positions == "rotary":
-        at = lambda offset: between(ideal.token_scores(weights, asking.tokens, asked.tokens, offset[None]))  # noqa: E731
+        at = lambda offset: between(reading.token_scores(weights, asking.tokens, asked.tokens, offset[None]))  # noqa: E731
         energy = jax.lax.map(at, jnp.arange(N_OFFSETS) * length // N_OFFSETS).mean(0)
         return jnp.maximum(energy - between(by_token), 0.0)
     pairs = ((asking.tokens, asked.positions), (asking.positions, asked.tokens))
     nowhere = jnp.zeros(1, int)
-    tables = (ideal.token_scores(weights, x, y, nowhere) for x, y in pairs)
+    tables = (reading.token_scores(weights, x, y, nowhere) for x, y in pairs)
     return sum((jnp.square(signatures.double_centred(x)).mean((-2, -1)) for x in tables), jnp.zeros(()))
 
 
@@ -182,11 +184,11 @@ def _matching(scores: Array, n_distractors: float, n_matches: int) -> Array:
 
 
 def _ov_structure(weights: CircuitWeights, inputs: IdealInputs, null: Scores) -> Evidence:
-    token_values = ideal.values(weights, inputs.tokens)
-    sent_on = relay_scores(weights, inputs, token_values, ideal.values(weights, inputs.places))
+    token_values = reading.values(weights, inputs.tokens)
+    sent_on = relay_scores(weights, inputs, token_values, reading.values(weights, inputs.places))
     source = _source(sent_on.v.norm / inputs.embedded_size, token_match(token_values, weights.W_O, weights.W_U).norm)
     moved = _through(weights, inputs, token_values, source)
-    lengths = written_length(ideal.values(weights, inputs.mixed_values), weights.W_O)
+    lengths = written_length(reading.values(weights, inputs.mixed_values), weights.W_O)
     size = jnp.sqrt(jnp.square(lengths).mean(-1)) / inputs.raw_size[:, None]
     evidence = ov_evidence(weights, moved, sent_on, size, null, jnp.ones_like(size))
     return dataclasses.replace(evidence, details=evidence.details | {"source": source})
@@ -238,7 +240,7 @@ def _null(weights: CircuitWeights, inputs: IdealInputs, queries: Array, key: Arr
             for frame in (for_q, for_k)
         )
         turned = dataclasses.replace(heads, W_U=matmul(for_o.mT, weights.W_U))
-        moved = ideal.values(turned, matmul(inputs.tokens, for_v))
+        moved = reading.values(turned, matmul(inputs.tokens, for_v))
         table = logit_circuit(moved, turned.W_O, turned.W_U)
         return {
             **_positional_and_content(turned, queries, asking, asked)[0],

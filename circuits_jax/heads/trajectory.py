@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from circuits_jax.circuits import reading
 from circuits_jax.circuits.weights import CircuitWeights
 from circuits_jax.heads import ideal_inputs as ideal
 from circuits_jax.heads import patterns, signatures
@@ -56,7 +57,7 @@ def weight_signatures(
     looks_back = jnp.asarray(looks_back)
     length = len(looks_back)
     tokens = ideal.token_inputs(weights, length)
-    by_token = ideal.token_scores(weights, tokens, tokens, jnp.arange(length))
+    by_token = reading.token_scores(weights, tokens, tokens, jnp.arange(length))
     pattern = signatures.position_pattern(weights, length)
     predicted = signatures.induction(weights, looks_back, n_distractors)
 
@@ -71,7 +72,7 @@ def weight_signatures(
         "duplicate_token": of_heads(lambda x: signatures.matching(x, length / 2, 2), by_token),
         "induction": predicted.joint_edges,
         "edge": predicted.edges,
-        "copying": token_match(ideal.values(weights, tokens), weights.W_O, weights.W_U).cosine,
+        "copying": token_match(reading.values(weights, tokens), weights.W_O, weights.W_U).cosine,
         "output_recall": output_recall(weights),
         "previous_recall": previous_recall(weights, looks_back),
     }

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.scipy.stats import norm
 
+from circuits_jax.circuits import reading
 from circuits_jax.circuits.linear_algebra import einsum, matmul
 from circuits_jax.circuits.weights import CircuitWeights
-from circuits_jax.heads import ideal_inputs as ideal
 from circuits_jax.heads import nulls, patterns
 from circuits_jax.heads.ideal_inputs import IdealInputs
 from circuits_jax.heads.value_scores import Relays, relays, token_match, value_scores
@@ -132,8 +132,8 @@ def ov_evidence(
 def relay_scores(weights: CircuitWeights, inputs: IdealInputs, token_values: Array, place_values: Array) -> Relays:
     """value_scores.relays with what later heads match: token queries and the keys of positions."""
     offsets = jnp.arange(inputs.places.shape[-2])
-    token_queries = ideal.mean_over_offsets(weights, ideal.queries(weights, inputs.tokens), offsets)
-    return relays(weights, token_values, place_values, token_queries, ideal.keys(weights, inputs.places))
+    token_queries = reading.mean_over_offsets(weights, reading.queries(weights, inputs.tokens), offsets)
+    return relays(weights, token_values, place_values, token_queries, reading.keys(weights, inputs.places))
 
 
 def written_length(values: Array, w_o: Array) -> Array:

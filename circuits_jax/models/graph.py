@@ -57,7 +57,8 @@ def n_read(config: TransformerConfig, receiver: str) -> int:
     if receiver == "logits":
         return n_senders(config)
     layer, node, *_ = receiver.split(".")
-    return int(head_senders(config)[int(layer), 0]) + (config.n_heads if node == "mlp" else 0)
+    after_heads = node == "mlp" and not config.parallel
+    return int(head_senders(config)[int(layer), 0]) + (config.n_heads if after_heads else 0)
 
 
 def full(config: TransformerConfig, value: float) -> Edges:

@@ -164,6 +164,11 @@ def _with_wanted(
 
     def axis(path: tuple, array: Array) -> int | None:
         name = ".".join(entry.name for entry in path)
+        if config.norm_position == "post" and "edge" in name:
+            raise ValueError(
+                f"{name}: edges need norm_position 'pre': a post-norm model rescales what was written, layer by layer, "
+                "so that its residual stream is no sum of what senders wrote"
+            )
         wanted, given = shapes[name], jnp.shape(array)
         if not config.d_mlp and "mlp" in name:
             raise ValueError(f"{name}: this model has no MLPs (d_mlp=0)")

@@ -1,11 +1,19 @@
 """The residual stream under interventions: what was written to it, by node, and what each receiver reads of that."""
 
 import dataclasses
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from circuits_jax.models.interventions import Interventions, Replacement
+
+Read = tuple[Array, Array | None]
+"""What is read through one input: [T,D], and what interventions add to that, [H,T,D] head by head ([T,D] for one).
+
+They are kept apart and multiplied apart, so that an intervention that changes nothing changes no bit.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,3 +66,20 @@ def plus(x: Array, added: Array | None) -> Array:
 def replaced(x: Array, replacement: Replacement | None) -> Array:
     """x with the replacement in it, or x."""
     return x if replacement is None else replacement.of(x)
+
+
+def read_through(function: Callable[[Array], Array], x: Array, changed: Array) -> Read:
+    """What a function, say a norm, makes of x [T,D] of which interventions leave `changed`, [T,D] or [H,T,D]."""
+    shared = function(x)
+    if changed is x:
+        return shared, None
+    own = function(changed) - shared
+    # XLA may round the two differently. Rows that are as they were get exactly 0, and keep their gradient.
+    same = (changed == x).all(-1, keepdims=True)
+    return shared, own - jax.lax.stop_gradient(jnp.where(same, own, 0.0))
+
+
+def times(read: Read, weights: Array) -> Array:
+    """What one receiver reads, times its weights: [T,D] x [D,N]."""
+    shared, own = read
+    return shared @ weights if own is None else shared @ weights + own @ weights

@@ -1,4 +1,4 @@
-"""The decoder-only transformer that is studied, and what a forward pass saw.
+"""The transformer that is studied, and what a forward pass saw.
 
 Shape glossary, used in every docstring and einsum of the project:
 
@@ -21,14 +21,13 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from circuits_jax.models.config import Norm, TransformerConfig
+from circuits_jax.models.config import TransformerConfig
 from circuits_jax.models.interventions import Edges, Interventions, batch_axes, check
-from circuits_jax.models.residual import Senders, change_residual, plus, replaced
+from circuits_jax.models.position_wise import MLP, Normalize, UnembedTransform, initializer, unit_rms
+from circuits_jax.models.residual import Read, Senders, change_residual, plus, read_through, replaced, times
 from circuits_jax.models.rotary import rotate
 
 Params = dict[str, Any]
-
-NORM_EPSILON = 1e-5
 
 
 @jax.tree_util.register_dataclass
@@ -37,9 +36,10 @@ class Activations:
     """What one forward pass saw. A field that the caller does not use costs nothing under jit.
 
     Attributes:
-        residual: [L+1,T,D] residual stream before each layer, then after the last one (before the final norm).
+        residual: [L+1,T,D] residual stream before each layer (and its norm), then after the last one (before the
+            final norm). With norm_position "post" a layer replaces it by the normed one, and adds to that.
         scores: [L,H,T,T] q k^T / sqrt(K), and what interventions add to it, before the causal mask; query first.
-        patterns: [L,H,T,T] attention probabilities; zero above the diagonal, rows sum to 1.
+        patterns: [L,H,T,T] attention probabilities; rows sum to 1, and in a causal model are zero above the diagonal.
         head_outputs: [L,H,T,D] what each head adds to the residual stream, b_O left out;
             their sum over H, plus b_O, is attention_outputs.
         attention_outputs: [L,T,D] what each attention layer adds to the residual stream.
@@ -56,35 +56,10 @@ class Activations:
     mlp_outputs: Array
 
 
-class Normalize(nn.Module):
-    """LayerNorm or RMSNorm with gain (LayerNorm also with bias); the identity for "none"."""
-
-    kind: Norm
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """[...,D] -> [...,D]."""
-        if self.kind == "none":
-            return x
-        d_model = x.shape[-1]
-        if self.kind == "layer":
-            x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + NORM_EPSILON)
-        x = x * self.param("scale", nn.initializers.ones, (d_model,))
-        return x + self.param("bias", nn.initializers.zeros, (d_model,)) if self.kind == "layer" else x
-
-
 def repeat_groups(x: Array, n_heads: int, axis: int = 0) -> Array:
     """[...,G,...] -> [...,H,...]: query head h gets the entry of its key/value head h // (H/G); x itself if G = H."""
     n_groups = x.shape[axis]
     return x if n_groups == n_heads else jnp.repeat(x, n_heads // n_groups, axis)
-
-
-Read = tuple[Array, Array | None]
-"""What is read through one input: [T,D], and what interventions add to that, [H,T,D] head by head ([T,D] for one).
-
-They are kept apart and multiplied apart, so that an intervention that changes nothing changes no bit.
-"""
 
 
 def project(read: Read, weights: Array, n_heads: int) -> Array:
@@ -100,10 +75,10 @@ def project(read: Read, weights: Array, n_heads: int) -> Array:
     return projected if own is None else projected + jnp.einsum("htd,hdk->htk", own, repeat_groups(weights, n_heads))
 
 
-def times(read: Read, weights: Array) -> Array:
-    """What one receiver reads, times its weights: [T,D] x [D,N]."""
-    shared, own = read
-    return shared @ weights if own is None else shared @ weights + own @ weights
+def attend(scores: Array, causal: bool) -> Array:
+    """Softmax of scores [...,T,T] over the keys that a query can see: all, or none after itself."""
+    length = scores.shape[-1]
+    return jax.nn.softmax(scores, axis=-1, where=jnp.tril(jnp.ones((length, length), bool)) if causal else None)
 
 
 class Attention(nn.Module):
@@ -118,10 +93,10 @@ class Attention(nn.Module):
         """-> output [T,D], (scores [H,T,T], pattern [H,T,T], head outputs [H,T,D]); interventions on this layer."""
         config = self.config
         n_heads, n_groups, d_head, d_model = config.n_heads, config.n_groups, config.d_head, config.d_model
-        read = _initializer(config, fan_in=d_model)
+        read = initializer(config, fan_in=d_model)
         w_q = self.param("W_Q", read, (n_heads, d_model, d_head))
         w_k, w_v = (self.param(name, read, (n_groups, d_model, d_head)) for name in ("W_K", "W_V"))
-        w_o = self.param("W_O", _initializer(config, fan_in=n_heads * d_head), (n_heads, d_head, d_model))
+        w_o = self.param("W_O", initializer(config, fan_in=n_heads * d_head), (n_heads, d_head, d_model))
 
         q, k, v = (project(x, w, n_heads) for x, w in ((read_q, w_q), (read_k, w_k), (read_v, w_v)))
         if config.bias:
@@ -129,6 +104,11 @@ class Attention(nn.Module):
             q = q + self.param("b_Q", zeros, (n_heads, d_head))[:, None]
             k = k + repeat_groups(self.param("b_K", zeros, (n_groups, d_head)), n_heads)[:, None]
             v = v + repeat_groups(self.param("b_V", zeros, (n_groups, d_head)), n_heads)[:, None]
+        if config.qk_norm:
+            q, k = (
+                unit_rms(x, config.norm_epsilon) * self.param(name, nn.initializers.ones, (d_head,))
+                for x, name in ((q, "q_gain"), (k, "k_gain"))
+            )
         length = q.shape[1]
         if config.positions == "rotary":
             q, k = (rotate(x, jnp.arange(length), config.rotary) for x in (q, k))
@@ -137,8 +117,7 @@ class Attention(nn.Module):
         scores = jnp.einsum("htk,hsk->hts", q, k) / math.sqrt(d_head)
         if interventions.scores_added is not None:
             scores = scores + interventions.scores_added
-        causal = jnp.tril(jnp.ones((length, length), bool))
-        pattern = replaced(jax.nn.softmax(scores, axis=-1, where=causal), interventions.patterns)
+        pattern = replaced(attend(scores, config.causal), interventions.patterns)
         z = pattern @ v
         if interventions.head_scale is not None:
             z = z * interventions.head_scale[:, None, None]
@@ -150,34 +129,6 @@ class Attention(nn.Module):
         if config.bias:
             output = output + self.param("b_O", nn.initializers.zeros, (d_model,))
         return output, (scores, pattern, head_outputs)
-
-
-class MLP(nn.Module):
-    """GELU(x W_in + b_in) W_out + b_out, GELU in its tanh form."""
-
-    config: TransformerConfig
-
-    @nn.compact
-    def __call__(self, read: Read) -> Array:
-        """[T,D] -> [T,D]."""
-        config = self.config
-        d_model, d_mlp = config.d_model, config.d_mlp
-        hidden = times(read, self.param("W_in", _initializer(config, fan_in=d_model), (d_model, d_mlp)))
-        if config.bias:
-            hidden = hidden + self.param("b_in", nn.initializers.zeros, (d_mlp,))
-        output = nn.gelu(hidden) @ self.param("W_out", _initializer(config, fan_in=d_mlp), (d_mlp, d_model))
-        return output + self.param("b_out", nn.initializers.zeros, (d_model,)) if config.bias else output
-
-
-def read_through(norm: Normalize, x: Array, changed: Array) -> Read:
-    """What is read of a residual stream x [T,D] of which interventions leave `changed`, [T,D] or [H,T,D]."""
-    shared = norm(x)
-    if changed is x:
-        return shared, None
-    own = norm(changed) - shared
-    # XLA may round the two norms differently. Rows that are as they were get exactly 0, and keep their gradient.
-    same = (changed == x).all(-1, keepdims=True)
-    return shared, own - jax.lax.stop_gradient(jnp.where(same, own, 0.0))
 
 
 class Block(nn.Module):
@@ -204,15 +155,16 @@ class Block(nn.Module):
             interventions: on the whole model.
             done: what the heads of this layer do, without L, or None to compute it.
         """
-        layer, here = self.layer, interventions.at_layer(self.layer)
+        config, layer, here = self.config, self.layer, interventions.at_layer(self.layer)
         edges = interventions.edges or Edges()
+        norm = Normalize(config.norm, config.norm_epsilon, name="attention_norm")
+        before, senders_before = x, senders
         if done is None:
-            norm = Normalize(self.config.norm, name="attention_norm")
             (shared, q), (_, k), (_, v) = (
                 read_through(norm, x, plus(senders.read(x, into, layer), added))
                 for into, added in ((edges.q, here.q_added), (edges.k, here.k_added), (edges.v, here.v_added))
             )
-            attention = Attention(self.config, name="attention")
+            attention = Attention(config, name="attention")
             output, (scores, pattern, head_outputs) = attention(
                 (shared + positions, q), (shared + positions, k), (shared, v), here
             )
@@ -220,20 +172,23 @@ class Block(nn.Module):
             output, scores, pattern, head_outputs = (
                 done.attention_outputs, done.scores, done.patterns, done.head_outputs,
             )  # fmt: skip
-        x, senders = x + output, senders.followed_by(head_outputs)
+        post = config.norm_position == "post"
+        x, senders = (norm(x) if post else x) + output, senders.followed_by(head_outputs)
         mlp_output = jnp.zeros_like(x)
-        if self.config.d_mlp:
-            read = read_through(Normalize(self.config.norm, name="mlp_norm"), x, senders.read(x, edges.mlp, layer))
-            mlp_output = replaced(MLP(self.config, name="mlp")(read), here.mlp_outputs)
-            x, senders = x + mlp_output, senders.followed_by(mlp_output[None])
+        if config.d_mlp:
+            norm = Normalize(config.norm, config.norm_epsilon, name="mlp_norm")
+            stream, known = (before, senders_before) if config.parallel else (x, senders)
+            read = read_through(norm, stream, known.read(stream, edges.mlp, layer))
+            mlp_output = replaced(MLP(config, name="mlp")(read), here.mlp_outputs)
+            x, senders = (norm(x) if post else x) + mlp_output, senders.followed_by(mlp_output[None])
         return x, (scores, pattern, head_outputs, output, mlp_output), senders
 
 
 class Transformer(nn.Module):
     """One sequence of T tokens -> logits [T,V] and Activations; batches and runs come from vmap at the call site.
 
-    Parameters: W_E [V,D], W_P [n_context,D], layer_0.../{attention_norm, attention, mlp_norm, mlp}, final_norm,
-    W_U [D,V], b_U [V]; those that the configuration does not use are absent.
+    Parameters: W_E [V,D], W_P [n_context,D], W_S [n_segments,D], layer_0.../{attention_norm, attention, mlp_norm, mlp},
+    final_norm, unembed_transform, W_U [D,V], b_U [V]; those that the configuration does not use are absent.
     """
 
     config: TransformerConfig
@@ -244,7 +199,7 @@ class Transformer(nn.Module):
     ) -> tuple[Array, Activations]:
         """Tokens [T] -> logits [T,V], Activations; start and n_done as in apply."""
         config = self.config
-        embed = _initializer(config, fan_in=config.d_model)
+        embed = initializer(config, fan_in=config.d_model)
         w_e = self.param("W_E", embed, (config.n_vocab, config.d_model))
         # Under jit a token cannot be checked: one out of range becomes NaN logits, never another token.
         x = config.embedding_scale * jnp.asarray(w_e).at[tokens].get(mode="fill", wrap_negative_indices=False)
@@ -253,6 +208,8 @@ class Transformer(nn.Module):
             positions = self.param("W_P", embed, (config.n_context, config.d_model))[: len(tokens)]
         if config.positions == "learned":
             x, positions = x + positions, 0.0
+        if config.n_segments:
+            x = x + self.param("W_S", embed, (config.n_segments, config.d_model))[0]
 
         senders = Senders((), interventions.edge_outputs).followed_by(x[None])
         x, senders = change_residual(x, senders, interventions, 0)
@@ -266,16 +223,15 @@ class Transformer(nn.Module):
             residual.append(x)
 
         changed = senders.read(x, None if interventions.edges is None else interventions.edges.logits)
-        read = read_through(Normalize(config.norm, name="final_norm"), x, changed)
+        read = read_through(Normalize(config.norm, config.norm_epsilon, name="final_norm"), x, changed)
+        if config.unembed_transform:
+            transform = UnembedTransform(config, name="unembed_transform")
+            read = read_through(transform, read[0], read[0] if read[1] is None else read[0] + read[1])
         w_u = w_e.T if config.tied else self.param("W_U", embed, (config.d_model, config.n_vocab))
         logits = times(read, w_u)
         if config.bias:
             logits = logits + self.param("b_U", nn.initializers.zeros, (config.n_vocab,))
         return logits, Activations(jnp.stack(residual), *(jnp.stack(field) for field in zip(*seen, strict=True)))
-
-
-def _initializer(config: TransformerConfig, fan_in: int) -> nn.initializers.Initializer:
-    return nn.initializers.normal(config.init_std or 1.0 / math.sqrt(fan_in))
 
 
 def init_params(config: TransformerConfig, key: Array) -> Params:
@@ -314,6 +270,20 @@ def _forward(
     if tokens.ndim == 1:
         return apply(config, params, tokens, interventions)
     return apply_batch(config, params, tokens, interventions or Interventions())
+
+
+def segment_inputs(params: Params, segments: ArrayLike) -> Array:
+    """What makes tokens of segment 0 tokens of these segments [...,T]: [...,T,D], Batch.inputs of a model with W_S.
+
+    Raises:
+        ValueError: the model has no segments, or not so many.
+    """
+    if "W_S" not in params:
+        raise ValueError("segments need a model with segment embeddings (n_segments)")
+    segments, w_s = np.asarray(segments), params["W_S"]
+    if not np.issubdtype(segments.dtype, np.integer) or segments.min() < 0 or segments.max() >= len(w_s):
+        raise ValueError(f"segments must be integers in [0, n_segments={len(w_s)}); got {segments.dtype} {segments}")
+    return w_s[segments] - w_s[0]
 
 
 def apply(
