@@ -43,6 +43,7 @@ from circuits_jax.tasks.batch import Batch, accuracy, next_token_loss, sample_ba
 from circuits_jax.tasks.repeated_tokens import RepeatedTokens
 from circuits_jax.training import devices
 from circuits_jax.training.setting import Optimization, Setting
+from circuits_jax.training.steps import dense_around, nearest
 from circuits_jax.training.train import Run
 
 DIMS = {
@@ -130,9 +131,12 @@ def prepare(settings: Settings) -> Plan:
     one_layer = dataclasses.replace(config, n_layers=1)
     measure = partial(measure_model, evaluation=evaluation, looks_back=looks_back, n_distractors=n_distractors)
 
+    n = settings.steps  # heads form from a tenth to two fifths of the way on; head_atlas.py shows these steps
+    keep = nearest(settings.measured, dense_around(n, n // 10, max(1, 2 * n // 5), n_dense=7, n=5))
+
     def arm(name: str, config: TransformerConfig, task: RepeatedTokens) -> study.Arm:
         runs = [Setting(seed, task, optimization) for seed in settings.seed_range]
-        return study.Arm(name, config, runs, settings.measured, partial(measure, config), DIMS)
+        return study.Arm(name, config, runs, settings.measured, partial(measure, config), DIMS, keep=keep)
 
     return Plan(
         settings=settings,

@@ -72,3 +72,10 @@ def test_only_pairs_that_can_compose_have_evidence():
     earlier = np.arange(L)[:, None, None, None] < np.arange(L)[:, None]
     for leaf in jax.tree.leaves(found):
         np.testing.assert_array_equal(np.isfinite(leaf), np.broadcast_to(earlier, leaf.shape))
+
+
+def test_rotation_deviation_of_wide_models_does_not_overflow():
+    # D^2 (D - 1) (D + 2) of GPT-2 small is more than an int32 holds.
+    found = jax.jit(lambda a, b: rotation_deviation(a, b, 768))(np.float32(3.0), np.float32(5.0))
+    expected = np.sqrt(2 * (768 / 3 - 1) * (768 / 5 - 1) / (768**2 * 767 * 770))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)

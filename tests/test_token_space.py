@@ -233,6 +233,116 @@ def test_share_of_tokens_among_the_first():
     np.testing.assert_allclose(top_share(ranks, 5), [3 / 5, 1], rtol=1e-6)
 
 
+# Likely pairs ---------------------------------------------------------------------------------------------------------
+
+likely = jax.jit(TokenCircuit.likely_top_k, static_argnums=(1, 2))
+
+
+def pairs(entries):
+    """The pairs of one head as a set; all are distinct."""
+    found = list(zip(np.asarray(entries.rows).tolist(), np.asarray(entries.columns).tolist(), strict=True))
+    assert len(set(found)) == len(found)
+    return set(found)
+
+
+@pytest.mark.parametrize("n_vocab", [FEW, MANY])
+@property_test
+@given(seed=SEEDS)
+def test_likely_pairs_among_all_tokens_are_the_strongest(n_vocab, seed):
+    for circuit in circuits_of(random_weights(n_vocab, seed)):
+        (values, rows, columns), bound = likely(circuit, n_vocab + 5, n_vocab)
+        matrices = dense(circuit)
+        sorted_values = -np.sort(-matrices.reshape(L, H, -1), axis=-1)
+        assert np.isneginf(bound).all()
+        for head in np.ndindex(L, H):
+            size = np.linalg.norm(matrices[head])
+            np.testing.assert_allclose(values[head], sorted_values[head][: n_vocab + 5], rtol=0, atol=1e-5 * size)
+            np.testing.assert_allclose(
+                matrices[head][rows[head], columns[head]], values[head], rtol=0, atol=1e-5 * size
+            )
+            pairs(low_rank.Entries(values[head], rows[head], columns[head]))
+
+
+@property_test
+@given(seed=SEEDS)
+def test_no_pair_left_out_exceeds_the_bound(seed):
+    """Few candidates: what is found is right and in order, and the rest is below the bound."""
+    for circuit in circuits_of(random_weights(seed=seed)):
+        (values, rows, columns), bound = likely(circuit, 6, 2)
+        matrices = dense(circuit)
+        for head in np.ndindex(L, H):
+            matrix, size = matrices[head], np.linalg.norm(matrices[head])
+            np.testing.assert_allclose(matrix[rows[head], columns[head]], values[head], rtol=0, atol=1e-5 * size)
+            assert (np.diff(values[head]) <= 0).all()
+            others = matrix.copy()
+            others[rows[head], columns[head]] = -np.inf
+            assert len(pairs(low_rank.Entries(values[head], rows[head], columns[head]))) == 6
+            assert others.max() <= max(bound[head], values[head][-1]) + 1e-5 * size
+
+
+def heavy_tailed(n_vocab, seed, spread):
+    """Token vectors whose lengths vary by this share (standard deviation of the logarithm)."""
+    rng = np.random.default_rng(seed)
+    of_tokens = lambda: rng.normal(size=(n_vocab, 24)) * np.exp(spread * rng.normal(size=(n_vocab, 1)))  # noqa: E731
+    inner = LowRank(*(rng.normal(size=(3, *shape)).astype(np.float32) for shape in ((24, 8), (8, 24))))
+    return TokenCircuit(of_tokens().astype(np.float32), inner, of_tokens().T.astype(np.float32))
+
+
+@pytest.mark.parametrize(("spread", "recall", "certain"), [(0.0, 0.5, False), (1.0, 1.0, True)])
+def test_likely_pairs_against_exact_ones(spread, recall, certain):
+    """8 of 600 tokens: a share of the exact pairs where no token stands out, all of them for sure where some do."""
+    circuit = heavy_tailed(600, 0, spread)
+    found, bound = likely(circuit, 10, 8)
+    exact = jax.jit(lambda circuit: circuit.top_k(10))(circuit)
+    of_head = lambda entries, head: pairs(jax.tree.map(lambda x: x[head], entries))  # noqa: E731
+    shares = [len(of_head(found, head) & of_head(exact, head)) / 10 for head in range(3)]
+    assert np.mean(shares) >= recall
+    assert (np.asarray(bound <= found.values[:, -1]) == certain).all()
+
+
+def test_planted_pairs_are_found_whatever_the_basis_of_the_head():
+    """Three pairs share a direction that no other token has; a gauge that blows up another hides nothing."""
+    rng = np.random.default_rng(0)
+    embed, unembed = rng.normal(size=(300, 24)), rng.normal(size=(24, 300))
+    embed[:, 0], unembed[0] = 0, 0
+    planted = {(7, 100): 60, (8, 101): 50, (9, 7): 40}
+    for (row, column), strength in planted.items():
+        embed[row], unembed[:, column] = 0, 0
+        embed[row, 0], unembed[0, column] = strength**0.5, strength**0.5
+    left = 0.1 * rng.normal(size=(24, 4))
+    left[0], left[0, 0], left[1:, 0] = 0, 1, 0
+    right = left.T.copy()
+    for gauge in (np.eye(4), np.diag([1e-2, 1, 30, 1]) @ np.linalg.qr(rng.normal(size=(4, 4)))[0]):
+        inner = LowRank(*(x.astype(np.float32) for x in (left @ gauge, np.linalg.inv(gauge) @ right)))
+        circuit = TokenCircuit(embed.astype(np.float32), inner, unembed.astype(np.float32))
+        found, bound = likely(circuit, 9, 8)
+        order = sorted(((a * b) ** 0.5 for a in planted.values() for b in planted.values()), reverse=True)
+        np.testing.assert_allclose(found.values, order, rtol=1e-3)  # each planted row meets each planted column
+        assert (found.rows[0], found.columns[0]) == (7, 100)
+        assert pairs(found) == {(row, column) for row in (7, 8, 9) for column in (100, 101, 7)}
+        assert bound < found.values[-1]
+
+
+def test_likely_pairs_of_zero_and_broken_heads_and_bad_input():
+    weights = random_weights()
+    weights.W_O[1, 0], weights.W_O[1, 1] = 0, np.nan
+    circuit = circuits_of(weights)[1]
+    found, bound = likely(circuit, 3, 2)
+    assert not np.asarray(found.values)[1, 0].any()
+    assert bound[1, 0] == 0
+    assert np.isnan(found.values[1, 1]).all()
+    assert np.isnan(bound[1, 1])
+    assert np.isfinite(found.values[0]).all()
+    assert np.asarray(found.values)[1, 2:].all()
+    for k, n, message in (
+        (0, 2, "k must be .* 22 of 2 rows; got 0"),
+        (23, 2, "got 23"),
+        (3, 0, "n_candidates .* got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            circuit.likely_top_k(k, n)
+
+
 # Planted heads, biases and rotary positions ---------------------------------------------------------------------------
 
 
@@ -406,6 +516,8 @@ def test_entries_come_in_bounded_blocks(monkeypatch):
     assert temporaries(TokenCircuit.own_row_rank, circuit) < bound
     assert temporaries(lambda circuit: circuit.top_k(10), circuit) < bound
     assert temporaries(TokenCircuit.diagonal, circuit) < bound
+    # W_U the other way round, too.
+    assert temporaries(lambda circuit: circuit.likely_top_k(10, 8), circuit) < n_vocab * n_vocab * 4 / 20
 
 
 def test_spectra_need_no_factors_of_the_size_of_the_vocabulary():
@@ -432,3 +544,9 @@ def test_lowers_for_every_platform():
     for platform in platforms:
         exported = jax.export.export(jax.jit(TokenCircuit.eigenvalues), platforms=[platform])(circuit)
         assert exported.platforms == (platform,)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_likely_pairs_lower(platform):
+    function = jax.jit(lambda circuit: circuit.likely_top_k(3, 4))
+    assert jax.export.export(function, platforms=[platform])(shapes_only(40, 8, 4)).platforms == (platform,)

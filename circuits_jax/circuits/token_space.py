@@ -15,10 +15,12 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from circuits_jax.circuits.attention import ov, qk
-from circuits_jax.circuits.linear_algebra import einsum, matmul
+from circuits_jax.circuits.linear_algebra import einsum, matmul, svd
 from circuits_jax.circuits.low_rank import ENTRIES_AT_ONCE, Entries, LowRank
 from circuits_jax.circuits.orthonormalisation import triangle
 from circuits_jax.circuits.weights import CircuitWeights
+
+ROUNDING = 1e-6  # singular values below this share of the largest are those of a circuit of lower rank
 
 
 @jax.tree_util.register_dataclass
@@ -95,6 +97,55 @@ class TokenCircuit:
         """The k strongest pairs of tokens of every head, row token -> column token; see LowRank.top_k."""
         return self._by_head(lambda head: head.top_k(k))
 
+    def likely_top_k(self, k: int, n_candidates: int = 128) -> tuple[Entries, Array]:
+        """The k strongest pairs of tokens of every head, as far as n long rows and n long columns hold them.
+
+        Tokens are vectors l_i and r_j with l_i . r_j the entry (i,j), in the basis where both sides have the same
+        singular values (those of the circuit are their squares), which no basis of the head's own changes. Searched
+        whole are the n rows of longest l_i and the n columns of longest r_j, for 2 n / V of top_k's products: a pair
+        is missed only where neither of its tokens is among them.
+
+        Measured with V = 50257, K = 64, k = 10 and n = 128: where lengths vary by a quarter, all of the pairs are
+        found; of Gaussian vectors, all about equally long, half of them, the best within 11 %.
+
+        Args:
+            k: how many pairs, at most n V.
+            n_candidates: n; with n >= V every pair is searched.
+
+        Returns:
+            Entries in falling order, [...,k] each, all pairs distinct, all NaN if any entry of the head is; and a
+            bound [...], max |l_i| max |r_j| over what was not searched, -inf where nothing is left: no pair left out
+            is above it. So the entries are exact, to rounding, where the bound is at most the last value.
+
+        Raises:
+            ValueError: k is not between 1 and n V, or n_candidates is less than 1.
+        """
+        n_vocab = len(self.embed)
+        n = min(n_candidates, n_vocab)
+        if n < 1:
+            raise ValueError(f"n_candidates must be at least 1; got {n_candidates}")
+        if not 1 <= k <= n * n_vocab:
+            raise ValueError(f"k must be between 1 and the number of entries {n * n_vocab} of {n} rows; got {k}")
+
+        def of_head(inner: LowRank) -> tuple[Entries, Array]:
+            left = matmul(self.embed, inner.left)
+            # Neither side with a transposed table of tokens, which is half as fast on CPU.
+            right = matmul(self.embed, inner.right.T) if self.unembed is None else matmul(inner.right, self.unembed).T
+            (rows, shorter_rows), (columns, shorter_columns) = _longest(left, n), _longest(right, n)
+            of_rows = matmul(left[rows], right.T)
+            of_columns = matmul(right[columns], left.T).at[:, rows].set(-jnp.inf)  # these are in of_rows
+            one, two = (jax.lax.top_k(block, min(k, n_vocab)) for block in (of_rows, of_columns))
+            found = Entries(
+                jnp.concatenate([one[0], two[0]]),
+                jnp.concatenate([jnp.broadcast_to(rows[:, None], one[1].shape), two[1]]),
+                jnp.concatenate([one[1], jnp.broadcast_to(columns[:, None], two[1].shape)]),
+            )
+            best = jax.lax.top_k(found.values.ravel(), k)[1]
+            bound = shorter_rows * shorter_columns if n < n_vocab else jnp.array(-jnp.inf, left.dtype)
+            return jax.tree.map(lambda x: x.ravel()[best], found), bound
+
+        return self._balanced().one_by_one(of_head)
+
     def own_row_rank(self) -> Array:
         """How many other tokens have at least a token's own value in its row, int [...,V] in [0, V - 1].
 
@@ -126,6 +177,20 @@ class TokenCircuit:
         r_unembed = r_embed if self.unembed is None else triangle(self.unembed.T)
         return LowRank(matmul(r_embed, self.inner.left), matmul(self.inner.right, r_unembed.T))
 
+    def _balanced(self) -> LowRank:
+        """The inner circuits with G and its inverse between their factors, so that E left and (right U)^T are balanced.
+
+        With E left = Q_l R_l, (right U)^T = Q_r R_r and R_l R_r^T = U S V^T, G = R_r^T V S^-1/2 makes them Q_l U S^1/2
+        and Q_r V S^1/2. Singular values of rounding are dropped.
+        """
+        small = self._residual_sized()
+        r_left, r_right = triangle(small.left), triangle(small.right.mT)
+        u, s, vh = svd(matmul(r_left, r_right.mT))
+        kept = ~(s <= ROUNDING * s[..., :1])  # NaN stays
+        scale = jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, s, 1.0)), 0.0)[..., None, :]
+        left = matmul(self.inner.left, matmul(r_right.mT, vh.mT * scale))
+        return LowRank(left, matmul(matmul((u * scale).mT, r_left), self.inner.right))
+
     def _by_head(self, function: Callable[[LowRank], Any]) -> Any:
         """A function of the low-rank circuit [V,V] of one head, over the heads in turn: memory is that of one."""
         return self.inner.one_by_one(lambda head: function(TokenCircuit(self.embed, head, self.unembed).low_rank()))
@@ -150,6 +215,12 @@ def key_preference(weights: CircuitWeights, offset: ArrayLike = 0) -> Array:
         return jnp.zeros((*weights.W_Q.shape[:2], len(weights.W_E)), weights.W_E.dtype)
     keys = qk(dataclasses.replace(weights, W_Q=weights.b_Q[..., None, :]), offset).rows(0)
     return matmul(keys, weights.W_E.T)[..., 0, :]
+
+
+def _longest(vectors: Array, n: int) -> tuple[Array, Array]:
+    """Which n of the vectors [V,K] are the longest, [n], and how long the longest of the others is, [] (0 if none)."""
+    lengths, order = jax.lax.top_k(jnp.linalg.norm(vectors, axis=-1), min(n + 1, len(vectors)))
+    return order[:n], lengths[n] if n < len(vectors) else jnp.zeros((), vectors.dtype)
 
 
 def top_share(ranks: Array, k: int) -> Array:

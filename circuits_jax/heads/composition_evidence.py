@@ -81,5 +81,5 @@ def rotation_deviation(ratio_a: Array, ratio_b: Array, d_model: int) -> Array:
     from the second moments of the squared entries of a random orthogonal matrix (3, 1 and (D + 1)/(D - 1) over
     D (D + 2) for the same entry, the same row or column, and neither; Collins & Sniady math-ph/0402073).
     """
-    variance = 2 * (d_model / ratio_a - 1) * (d_model / ratio_b - 1) / (d_model**2 * (d_model - 1) * (d_model + 2))
+    variance = 2 * (d_model / ratio_a - 1) * (d_model / ratio_b - 1) / float(d_model**2 * (d_model - 1) * (d_model + 2))
     return jnp.sqrt(jnp.maximum(variance, 0.0))

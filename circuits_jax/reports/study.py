@@ -92,7 +92,7 @@ class Arm:
         measure: what is followed.
         dims: axes of the measurements that are not single numbers, such as {"attention": ("layer", "head")}.
         labels: {name: [S]} of what differs between its runs besides the seed.
-        keep: steps at which to keep parameters.
+        keep: steps at which to keep parameters, besides the last.
 
     Raises:
         ValueError: settings that no sweep can have.
@@ -153,7 +153,8 @@ def train_arms(
             )
             runs[arm.name] = sweep(
                 arm.config, arm.settings, arm.steps, arm.measure,
-                folder=folder / "checkpoints" / arm.name, keep=arm.keep, runs_at_once=runs_at_once,
+                folder=folder / "checkpoints" / arm.name, keep=sorted({*arm.keep, arm.steps[-1]}),
+                runs_at_once=runs_at_once,
                 on_measured=store.write if writes() else lambda runs, steps, loss, measurements: None,
                 on_progress=SweepProgress(bar, arm.name, len(arm.settings), arm.steps[-1]),
             )  # fmt: skip

@@ -143,6 +143,12 @@ def kept_params(config: TransformerConfig, folder: Path, step: int) -> Params:
     return jax.tree.map(lambda *x: np.concatenate(x), *map(of_group, groups))
 
 
+def kept_steps(folder: Path) -> list[int]:
+    """The steps of which kept_params has parameters, rising."""
+    of_groups = [set(checkpoints.steps(folder / _name(runs) / "kept")) for runs in _groups_in(folder)]
+    return sorted(set.intersection(*of_groups)) if of_groups else []
+
+
 def _name(runs: slice) -> str:
     """Of the folder of a group."""
     return f"runs_{runs.start}_to_{runs.stop - 1}"
