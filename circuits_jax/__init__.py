@@ -15,6 +15,7 @@ from circuits_jax.circuits.eigenvalues import Eigenvalues, eigenvalues
 from circuits_jax.circuits.eigenvectors import Eigen, eigenvectors
 from circuits_jax.circuits.low_rank import SVD, Entries, LowRank, subspace_overlap
 from circuits_jax.circuits.paths import PathTerms, TokenAttribution, path_expansion, token_attribution
+from circuits_jax.circuits.reading import attention_scores
 from circuits_jax.circuits.spectra import (
     SpectralSummary,
     copying_score,
@@ -38,6 +39,7 @@ from circuits_jax.heads.attribution import Agreement, agreement, attribute_edges
 from circuits_jax.heads.circuit_quality import Quality, SetQuality, quality
 from circuits_jax.heads.composition_evidence import CompositionEvidence, composition_evidence
 from circuits_jax.heads.direct_effects import DirectAttribution, direct_logit_attribution, term_importance
+from circuits_jax.heads.directions import MaxActivating, OVProbe, max_activating, probe_ov
 from circuits_jax.heads.discovery import Discovery, discover, discover_by_attribution, discover_greedy
 from circuits_jax.heads.edge_effects import EdgeEffects, cut_edges, edge_effects
 from circuits_jax.heads.edge_sets import Circuit, circuit_of, faithfulness
@@ -52,7 +54,8 @@ from circuits_jax.models.graph import outputs as sender_outputs
 from circuits_jax.models.interventions import Edges, Interventions, Replacement
 from circuits_jax.models.planted import Planted, plant
 from circuits_jax.models.planted_recipes import PlantedHead, Recipe
-from circuits_jax.models.transformer import Activations, forward, init_params
+from circuits_jax.models.pretrained import load_pretrained, load_tokenizer
+from circuits_jax.models.transformer import Activations, forward, init_params, segment_inputs
 from circuits_jax.tasks.batch import Batch, accuracy, next_token_loss
 
 __all__ = [
@@ -75,7 +78,9 @@ __all__ = [
     "HeadReport",
     "Interventions",
     "LowRank",
+    "MaxActivating",
     "Null",
+    "OVProbe",
     "PairEffects",
     "PathTerms",
     "Planted",
@@ -94,6 +99,7 @@ __all__ = [
     "ablate_pairs",
     "accuracy",
     "agreement",
+    "attention_scores",
     "attribute_edges",
     "benjamini_hochberg",
     "between_heads",
@@ -130,9 +136,12 @@ __all__ = [
     "key_preference",
     "knock_out_direction",
     "leading_ratio",
+    "load_pretrained",
+    "load_tokenizer",
     "log_likelihood",
     "logit_difference",
     "matching_score",
+    "max_activating",
     "mean_qk",
     "next_token_loss",
     "offset_profile",
@@ -149,11 +158,13 @@ __all__ = [
     "per_query_head",
     "plant",
     "position_qk",
+    "probe_ov",
     "projection_kernel",
     "qk",
     "qk_with_bias",
     "quality",
     "same_layer_scores",
+    "segment_inputs",
     "sender_outputs",
     "spectral_gaps",
     "spectral_null",

@@ -42,9 +42,7 @@ def job(monkeypatch):
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        done = run("--smoke", "--runs-dir", str(runs))
+    done = run("--smoke", "--runs-dir", str(runs))
     assert done.returncode == 0, done.stderr
     return done, runs / "formation_clamps_smoke"
 

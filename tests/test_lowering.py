@@ -15,6 +15,7 @@ from circuits_jax.circuits import (
     low_rank,
     orthonormalisation,
     paths,
+    reading,
     spectra,
     token_space,
 )
@@ -24,6 +25,7 @@ from circuits_jax.heads import (
     comparison,
     composition_evidence,
     direct_effects,
+    directions,
     discovery,
     edge_effects,
     edge_sets,
@@ -44,7 +46,7 @@ from circuits_jax.heads import (
     type_evidence,
     value_scores,
 )
-from circuits_jax.models import graph, interventions, planted, planted_recipes, residual, rotary
+from circuits_jax.models import graph, interventions, planted, planted_recipes, position_wise, residual, rotary
 from circuits_jax.tasks import (
     batch,
     designed,
@@ -324,19 +326,41 @@ TABLE = {
     "patterns.uniform": (lambda: patterns.uniform(T), ()),
     "patterns.above_chance": (patterns.above_chance, (SHARE, array())),
     "ideal_inputs.residual_size": (lambda weights: ideal_inputs.residual_size(weights, T), (WEIGHTS,)),
-    "ideal_inputs.normalized": (ideal_inputs.normalized, (WEIGHTS, PLACE_ROWS)),
+    "reading.normalized": (reading.normalized, (WEIGHTS, PLACE_ROWS)),
     "ideal_inputs.position_inputs": (
         lambda weights, start: ideal_inputs.position_inputs(weights, T, start),
         (WEIGHTS, array(8)),
     ),
     "ideal_inputs.token_inputs": (lambda weights: ideal_inputs.token_inputs(weights, T), (WEIGHTS,)),
-    "ideal_inputs.queries": (ideal_inputs.queries, (WEIGHTS, ROWS)),
-    "ideal_inputs.keys": (ideal_inputs.keys, (WEIGHTS, ROWS)),
-    "ideal_inputs.values": (ideal_inputs.values, (WEIGHTS, PLACE_ROWS)),
-    "ideal_inputs.position_scores": (ideal_inputs.position_scores, (ROTARY, PLACE_ROWS, PLACE_ROWS)),
-    "ideal_inputs.token_scores": (ideal_inputs.token_scores, (ROTARY, ROWS, ROWS, OFFSETS)),
-    "ideal_inputs.mean_over_offsets": (ideal_inputs.mean_over_offsets, (ROTARY, array(L, H, T, 4), OFFSETS)),
-    "ideal_inputs.causal_pattern": (ideal_inputs.causal_pattern, (ATTENTION,)),
+    "reading.queries": (reading.queries, (WEIGHTS, ROWS)),
+    "reading.keys": (reading.keys, (WEIGHTS, ROWS)),
+    "reading.values": (reading.values, (WEIGHTS, PLACE_ROWS)),
+    "reading.position_scores": (reading.position_scores, (ROTARY, PLACE_ROWS, PLACE_ROWS)),
+    "reading.token_scores": (reading.token_scores, (ROTARY, ROWS, ROWS, OFFSETS)),
+    "reading.mean_over_offsets": (reading.mean_over_offsets, (ROTARY, array(L, H, T, 4), OFFSETS)),
+    "attention_scores": (cj.attention_scores, (ROTARY, PLACE_ROWS)),
+    "position_wise.unit_rms": (lambda x: position_wise.unit_rms(x, 1e-5), (ROWS,)),
+    "position_wise.unit_norm": (lambda x: position_wise.unit_norm("layer", x, 1e-5), (ROWS,)),
+    "directions.tied_groups": (directions.tied_groups, (SIGMA,)),
+    "directions.uniform_directions": (lambda rows, key: directions.uniform_directions(rows, key, 3, 2), (ROWS, KEY)),
+    "directions.covariance_directions": (
+        lambda rows, key: directions.covariance_directions(rows, key, 3, 2),
+        (ROWS, KEY),
+    ),
+    "max_activating": (
+        lambda circuit, rows, key: cj.max_activating(circuit, rows, key, n=2, k=3, n_draws=3),
+        (CIRCUIT, ROWS, KEY),
+    ),
+    "probe_ov": (lambda weights, rows: cj.probe_ov(weights, rows, k=3), (WEIGHTS, ROWS)),
+    "TokenCircuit.likely_top_k": (lambda circuit: circuit.likely_top_k(5, 4), (TOKEN_CIRCUIT,)),
+    "segment_inputs": (lambda w_s: cj.segment_inputs({"W_S": w_s}, np.array([0, 1])), (array(2, 8),)),
+    "attention.visible_offsets": (lambda: attention.visible_offsets(T, causal=False), ()),
+    "ideal_inputs.added_to": (ideal_inputs.added_to, (WEIGHTS, PLACE_ROWS)),
+    "ideal_inputs.at_size_of": (ideal_inputs.at_size_of, (WEIGHTS, PLACE_ROWS)),
+    "patterns.n_visible": (lambda: patterns.n_visible(T), ()),
+    "residual.times": (lambda x, w: residual.times((x, None), w), (ROWS, array(8, 3))),
+    "residual.read_through": (lambda x, changed: residual.read_through(jax.nn.relu, x, changed), (ROWS, ROWS)),
+    "rotary.relative": (lambda x: rotary.relative(x, np.arange(T), cj.Rotary(dim=2)), (array(T, 4),)),
     "ideal_inputs.written": (ideal_inputs.written, (WEIGHTS, ROWS, SHARE)),
     "ideal_inputs.ideal_inputs": (
         lambda weights, share, start, key: ideal_inputs.ideal_inputs(weights, T, share, share, start, key),
@@ -519,6 +543,11 @@ EIGENVALUES = {
 }
 # Public functions that cannot be jitted, and why.
 NOT_JITTABLE = {
+    "load_pretrained": "reads files",
+    "load_tokenizer": "reads files",
+    "position_wise.initializer": "a function of keys, for Linen",
+    "outcomes.check_metric": "raises on a config, returns nothing",
+    "signatures.usual_distractors": "a Python number",
     "GaussianExemplars.validate": "raises on plain numbers, returns nothing",
     "MarkovChains.validate": "raises on plain numbers, returns nothing",
     "ParentGraph.validate": "raises on plain numbers, returns nothing",
@@ -606,11 +635,11 @@ def test_every_public_function_is_in_the_table():
     classes = [getattr(cj, name) for name in cj.__all__ if inspect.isclass(getattr(cj, name))]
     modules = [
         attention, attribution, batch, circuit_quality, comparison, composition, composition_evidence, designed,
-        direct_effects, discovery, edge_effects, edge_sets, effects, eigenvalues, eigenvectors, evidence,
+        direct_effects, directions, discovery, edge_effects, edge_sets, effects, eigenvalues, eigenvectors, evidence,
         gaussian_exemplars, graph, ideal_inputs, interventions, loss_drop, low_rank, markov_chains, nulls,
-        orthonormalisation, outcomes, parent_graph, paths, patching, patterns, planted, planted_recipes, realisation,
-        recall, residual, rotary, setting, signatures, spectra, structure, taxonomy, text, token_space, trajectory,
-        trigger_bigrams, type_evidence, value_scores,
+        orthonormalisation, outcomes, parent_graph, patching, paths, patterns, planted, planted_recipes,
+        position_wise, reading, realisation, recall, residual, rotary, setting, signatures, spectra, structure,
+        taxonomy, text, token_space, trajectory, trigger_bigrams, type_evidence, value_scores,
     ]  # fmt: skip
     tasks = (GaussianExemplars, MarkovChains, ParentGraph, RepeatedTokens, Text, TriggerBigrams)
     for owner in (*classes, *tasks, *modules):

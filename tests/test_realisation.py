@@ -297,7 +297,8 @@ def own_scores(monkeypatch):
             return None, SimpleNamespace(patterns=jnp.stack([head(sequence) for head in heads])[None])
 
         monkeypatch.setattr(realisation, "apply", apply)
-        return jax.jit(lambda tokens: realisation.on_own_batch(None, {}, tokens))(jnp.asarray(tokens))
+        config = SimpleNamespace(causal=True)
+        return jax.jit(lambda tokens: realisation.on_own_batch(config, {}, tokens))(jnp.asarray(tokens))
 
     return of
 

@@ -20,13 +20,6 @@ STEPS = np.arange(0, 202, 2)
 STARTS = np.arange(40.0, 56.0, 2)  # of eight runs
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _own_compilation_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture
 def job(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
@@ -80,13 +73,8 @@ def test_smoke_leaves_everything_behind(tmp_path):
         (["--base", "text", "--n-vocab", "4000"], "--n-vocab must be at most"),
     ],
 )
-def test_bad_settings_are_one_line(arguments, message, tmp_path, job, capsys):
-    """As the script does it, but in this process: a new one takes seconds to import jax."""
-    settings = job.tyro.cli(job.Settings, args=[*arguments, "--runs-dir", str(tmp_path)])
-    with pytest.raises(SystemExit) as stopped:
-        job.run_folder.run_command(lambda: job.prepare(settings), job.main)
-    assert stopped.value.code == 2
-    printed = capsys.readouterr().err
+def test_bad_settings_are_one_line(arguments, message, tmp_path, refuse):
+    printed = refuse("trigger_bigrams", *arguments, "--runs-dir", str(tmp_path))
     assert message in printed
     assert printed.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -12,6 +12,8 @@ from circuits_jax.circuits.low_rank import LowRank
 from circuits_jax.circuits.weights import CircuitWeights, per_query_head
 from circuits_jax.models.rotary import relative
 
+LONGEST_PROFILE = 8192  # offsets that offset_profile goes through unasked
+
 
 def qk(weights: CircuitWeights, offset: ArrayLike = 0) -> LowRank:
     """W_QK = W_Q W_K^T of every head, [L,H,D,D]: x_i W_QK x_j^T / sqrt(K) is the score of query i for key j.
@@ -21,7 +23,9 @@ def qk(weights: CircuitWeights, offset: ArrayLike = 0) -> LowRank:
         offset: i - j. With rotary positions there is one matrix per offset, W_Q R_offset W_K^T; without, it
             changes nothing.
 
-    Query and key biases are not part of it: see qk_with_bias.
+    Query and key biases are not part of it: see qk_with_bias. With qk-norm scores are these over the sizes of query
+    and key (reading.attention_scores has them). In a post-norm model x is what the layer reads, and embeddings and
+    positions are that in the first layer alone.
     """
     queries = rotated_queries(weights, jnp.atleast_1d(jnp.asarray(offset)))
     return LowRank(queries, per_query_head(weights, weights.W_K).mT)
@@ -31,7 +35,7 @@ def qk_with_bias(weights: CircuitWeights, offset: ArrayLike = 0) -> LowRank:
     """[W_Q; b_Q] R_offset [W_K; b_K]^T of every head, [L,H,D+1,D+1]: the whole score, biases too.
 
     [x_i, 1] M [x_j, 1]^T / sqrt(K) is the exact score before softmax of query i for key j = i - offset, with x what
-    q and k read. A missing bias is a row of zeros.
+    q and k read, up to the sizes of query and key with qk-norm. A missing bias is a row of zeros.
 
     The query bias against keys (last row) changes attention. The key bias against queries (last column) is the same
     for all keys of a query and drops out of softmax, and so does the last corner; not under rotary positions, where
@@ -45,10 +49,16 @@ def qk_with_bias(weights: CircuitWeights, offset: ArrayLike = 0) -> LowRank:
 
 
 def mean_qk(weights: CircuitWeights) -> LowRank:
-    """W_QK averaged over the offsets 0 ... n_context - 1; W_QK itself without rotary positions."""
+    """W_QK averaged over all offsets of the context that a query can see; W_QK itself without rotary positions."""
     if weights.positions == "rotary" and not weights.n_context:
         raise ValueError("CircuitWeights.n_context must be given to average over the offsets of rotary positions")
-    return LowRank(rotated_queries(weights, jnp.arange(weights.n_context)), per_query_head(weights, weights.W_K).mT)
+    offsets = visible_offsets(weights.n_context, weights.causal)
+    return LowRank(rotated_queries(weights, offsets), per_query_head(weights, weights.W_K).mT)
+
+
+def visible_offsets(length: int, causal: bool) -> Array:
+    """The offsets i - j among T positions at which a query sees keys: 0 ... T - 1, in an encoder from 1 - T on."""
+    return jnp.arange(0 if causal else 1 - length, length)
 
 
 def rotated_queries(weights: CircuitWeights, offsets: Array) -> Array:
@@ -58,21 +68,33 @@ def rotated_queries(weights: CircuitWeights, offsets: Array) -> Array:
     return relative(weights.W_Q, offsets, weights.rotary)
 
 
-def offset_profile(weights: CircuitWeights) -> Array:
-    """||W_Q R_offset W_K^T||_F of every head at the offsets 0 ... n_context - 1, [L,H,n_context].
+def offset_profile(weights: CircuitWeights, offsets: ArrayLike | None = None) -> Array:
+    """||W_Q R_offset W_K^T||_F of every head at N offsets i - j, [L,H,N].
 
     How strongly a head can match queries to keys that far back, whatever the content; constant without rotary
     positions. It is the size of the circuit, not the score of any one query and key.
 
+    Args:
+        weights: of the model.
+        offsets: [N]; 0 ... n_context - 1 when left out.
+
     Raises:
-        ValueError: neither n_context nor W_P tells the length of the context.
+        ValueError: offsets are left out, and the context has no length or is beyond LONGEST_PROFILE.
     """
-    length = weights.context_length
-    if not length:
-        raise ValueError("CircuitWeights.n_context must be given for a profile over the offsets of the context")
+    if offsets is None:
+        length = weights.context_length
+        if not length:
+            raise ValueError("CircuitWeights.n_context must be given for a profile over the offsets of the context")
+        if length > LONGEST_PROFILE:
+            raise ValueError(
+                f"offsets must be given for a context longer than {LONGEST_PROFILE}: all of them would take as many "
+                f"products of all heads; got n_context={length}"
+            )
+        offsets = jnp.arange(length)
+    offsets = jnp.asarray(offsets)
     if weights.positions != "rotary":
         norm = qk(weights).frobenius_norm()
-        return jnp.broadcast_to(norm[..., None], (*norm.shape, length))
+        return jnp.broadcast_to(norm[..., None], (*norm.shape, len(offsets)))
     # Q factors keep a norm, and rotation acts on K, which the triangular factors keep: QR once for all offsets.
     r_q, r_k = qr(weights.W_Q)[1], per_query_head(weights, qr(weights.W_K)[1])
 
@@ -80,7 +102,7 @@ def offset_profile(weights: CircuitWeights) -> Array:
         return jnp.linalg.norm(matmul(relative(r_q, offset[None], weights.rotary), r_k.mT), axis=(-2, -1))
 
     # One offset after the other: all at once would take n_context times the memory of the heads.
-    return jnp.moveaxis(jax.lax.map(norm_at, jnp.arange(length)), 0, -1)
+    return jnp.moveaxis(jax.lax.map(norm_at, offsets), 0, -1)
 
 
 def ov(weights: CircuitWeights) -> LowRank:
@@ -96,7 +118,7 @@ def ov_bias(weights: CircuitWeights) -> Array:
 
 
 def position_qk(weights: CircuitWeights) -> LowRank:
-    """W_P W_QK W_P^T of every head, [L,H,T,T]: how much a query position wants a key position, tokens aside.
+    """W_P W_QK W_P^T of every head, [L,H,T,T]: how much a query position wants a key position, tokens aside; see qk.
 
     Raises:
         ValueError: the model has no position vectors W_P.

@@ -16,7 +16,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from circuits_jax.circuits import orthonormalisation
-from circuits_jax.circuits.attention import mean_qk, ov, rotated_queries
+from circuits_jax.circuits.attention import mean_qk, ov, rotated_queries, visible_offsets
 from circuits_jax.circuits.linear_algebra import einsum, matmul
 from circuits_jax.circuits.low_rank import LowRank
 from circuits_jax.circuits.token_space import TokenCircuit
@@ -153,13 +153,13 @@ def k_path_gaps(weights: CircuitWeights) -> Array:
     the sum the same with G = s s^T, s the sum of all embeddings: no vocabulary, one pair of layers at a time.
     """
     check_composes(weights)
-    n_vocab, total = len(weights.W_E), weights.W_E.sum(0)
+    n_vocab, total = float(len(weights.W_E)), weights.W_E.sum(0)  # V (V - 1) is more than an int32 holds
     gram = matmul(weights.W_E.T, weights.W_E)
     n_layers, n_heads = weights.W_Q.shape[:2]
 
     def reads(layer: Array) -> tuple[Array, Array, Array]:
         of_layer = dataclasses.replace(weights, W_Q=weights.W_Q[layer][None])
-        query = rotated_queries(of_layer, jnp.arange(weights.n_context))[0]
+        query = rotated_queries(of_layer, visible_offsets(weights.n_context, weights.causal))[0]
         key = repeat_groups(weights.W_K[layer], n_heads)
         return matmul(gram, query), einsum("d,hdk->hk", total, query), key
 

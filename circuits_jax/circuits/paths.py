@@ -48,7 +48,7 @@ class PathTerms:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenAttribution:
-    """The terms of PathTerms split by the position s where a path starts; exactly 0 for s after t.
+    """The terms of PathTerms split by the position s where a path starts; exactly 0 for s after t in a causal model.
 
     Attributes:
         direct: [T,S,J], 0 off the diagonal.
@@ -84,7 +84,8 @@ def path_expansion(
 
     Args:
         weights: of an attention-only model without norms. CircuitWeights holds no MLPs: of a model that has them,
-            the terms leave out every path through an MLP, and do not sum to its logits.
+            the terms leave out every path through an MLP, and do not sum to its logits; nor do they where a transform
+            stands in front of the unembedding.
         tokens: [T] integers; one out of the vocabulary makes its terms NaN.
         patterns: [L,H,T,T], query first: Activations.patterns of the same tokens. For a batch, vmap.
         readout: [D,J] directions in the residual stream, for example W_U[:, [right]] - W_U[:, [wrong]] for one logit

@@ -23,14 +23,19 @@ def eigenvalue_positivity(eigenvalues: Array) -> Array:
 
 
 def copying_score(weights: CircuitWeights) -> Array:
-    """eigenvalue_positivity of W_E W_OV W_U, [L,H] in [-1, 1]: whether moving a token raises its own logit."""
+    """eigenvalue_positivity of W_E W_OV W_U, [L,H] in [-1, 1]: whether moving a token raises its own logit.
+
+    In a post-norm model, and with a transform in front of the unembedding (BERT), W_E W_OV W_U is a similarity of what
+    is written with what W_U reads, and no logit.
+    """
     return eigenvalue_positivity(token_ov(weights).eigenvalues())
 
 
 def matching_score(weights: CircuitWeights) -> Array:
     """eigenvalue_positivity of W_E W_QK W_E^T, [L,H] in [-1, 1]: whether a token looks for its own copies.
 
-    With rotary positions that is at offset 0, where a copy never is: see attention.qk for others.
+    With rotary positions that is at offset 0, where a copy never is: see attention.qk for others. With qk-norm scores
+    are these over the sizes of query and key, which change no sign of an entry.
     """
     return eigenvalue_positivity(token_qk(weights).eigenvalues())
 
@@ -40,7 +45,7 @@ def diagonal_gap(circuit: LowRank) -> Array:
 
     NaN for V = 1, which has no entry off the diagonal.
     """
-    size = circuit.shape[-1]
+    size = float(circuit.shape[-1])  # V (V - 1) of a vocabulary of 50,000 is beyond int32
     trace = circuit.trace()
     return trace / size - (circuit.sum() - trace) / (size * (size - 1))
 
@@ -51,7 +56,7 @@ def entry_variance(circuit: LowRank) -> tuple[Array, Array]:
     The second is NaN for V = 1, which has no entry off the diagonal.
     """
     size = circuit.shape[-1]
-    n_off = size * (size - 1)
+    n_off = float(size * (size - 1))
     mean_off = (circuit.sum() - circuit.trace()) / n_off
     # The mean is taken off as one more rank: taken off the squares, it would cancel digits of a small variance.
     shift = jnp.broadcast_to(-mean_off[..., None, None], (*circuit.left.shape[:-1], 1))

@@ -202,7 +202,10 @@ def token_qk(weights: CircuitWeights, offset: ArrayLike = 0) -> TokenCircuit:
 
 
 def token_ov(weights: CircuitWeights) -> TokenCircuit:
-    """W_E W_OV W_U of every head, [L,H,V,V]: what attending to a token (row) does to each logit (column)."""
+    """W_E W_OV W_U of every head, [L,H,V,V]: what attending to a token (row) does to each logit (column).
+
+    In models with an unembed_transform, or post-norm, it is no logit but how alike what is moved and embeddings are.
+    """
     return TokenCircuit(weights.W_E, ov(weights), weights.W_U)
 
 

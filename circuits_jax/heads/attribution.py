@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from scipy import stats
 
-from circuits_jax.heads.outcomes import Metric, check_chunk, log_likelihood
+from circuits_jax.heads.outcomes import Metric, check_chunk, check_metric, log_likelihood
 from circuits_jax.models import graph
 from circuits_jax.models.config import TransformerConfig
 from circuits_jax.models.interventions import Edges, Interventions, batch_axes, with_inputs
@@ -51,9 +51,11 @@ def attribute_edges(
         Edges in units of the metric; 0 where there is no edge.
 
     Raises:
-        ValueError: bad tokens, an array of another shape, or n_steps below 0.
+        ValueError: bad tokens, an array of another shape, n_steps below 0, a metric of next tokens for an encoder, or
+            a post-norm model.
     """
     check_tokens(config, batch.tokens)
+    check_metric(config, metric)
     check_chunk(chunk)
     if n_steps < 0:
         raise ValueError(f"n_steps must be at least 0; got {n_steps}")

@@ -1,6 +1,7 @@
 """Every weight-only score of one model beside every causal effect, for each head and each edge between heads."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -167,7 +168,8 @@ def conditions(config: TransformerConfig, params: Params, batch: Batch) -> Score
     read = jnp.sqrt(jnp.square(seen.residual[:, :-1]).mean((0, 2, 3))) if config.norm == "none" else 1.0
     norms = ov(CircuitWeights.from_params(config, params)).frobenius_norm() / math.sqrt(config.d_model)
     wanted = jnp.broadcast_to(read, config.n_layers)[:, None] * jnp.maximum(norms, 1e-12)
-    entropy = jax.vmap(jax.vmap(jax.vmap(patterns.entropy, (0, None)), (0, None)))(seen.patterns, batch.mask)
+    of_head = partial(patterns.entropy, causal=config.causal)
+    entropy = jax.vmap(jax.vmap(jax.vmap(of_head, (0, None)), (0, None)))(seen.patterns, batch.mask)
     return {
         "gain": jnp.sqrt(jnp.square(seen.head_outputs).mean((0, 3, 4))) / wanted,
         "focus": 1.0 - jnp.nanmean(entropy, 0),

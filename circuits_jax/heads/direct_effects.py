@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from circuits_jax.circuits.linear_algebra import einsum, matmul
-from circuits_jax.heads.outcomes import Metric, frozen_patterns, log_likelihood, run
+from circuits_jax.heads.outcomes import Metric, check_metric, frozen_patterns, log_likelihood, run
 from circuits_jax.models import graph
 from circuits_jax.models.config import TransformerConfig
 from circuits_jax.models.interventions import Edges, Replacement
@@ -54,8 +54,10 @@ def direct_logit_attribution(
             difference.
 
     Raises:
-        ValueError: bad tokens, or a readout of another shape.
+        ValueError: bad tokens, a readout of another shape, or a model whose logits are no such sum: post-norm, or with
+            a transform in front of the unembedding.
     """
+    _check_linear(config)
     tokens, readout = check_tokens(config, tokens), jnp.asarray(readout)
     if tokens.ndim != 2:
         raise ValueError(f"tokens must be [B,T]; got {list(tokens.shape)}")
@@ -64,23 +66,24 @@ def direct_logit_attribution(
     return _direct(config, params, tokens, readout)
 
 
+def _check_linear(config: TransformerConfig) -> None:
+    """Raises ValueError for a model whose logits are no sum over what its nodes wrote, sizes of norms given."""
+    if config.norm_position == "post" or config.unembed_transform:
+        raise ValueError(
+            "direct logit attribution needs logits that are a sum over nodes: norm_position 'pre' and no "
+            f"unembed_transform; got norm_position={config.norm_position!r}, "
+            f"unembed_transform={config.unembed_transform}. Use causal effects (ablate)"
+        )
+
+
 @partial(jax.jit, static_argnums=0)
 def _direct(config: TransformerConfig, params: Params, tokens: Array, readout: Array) -> DirectAttribution:
     _, seen = run(config, params, Batch(tokens, jnp.ones(tokens.shape, bool), {}))
-    w_u = params["W_E"].T if config.tied else params["W_U"]
-    directions, final = matmul(w_u, readout), seen.residual[:, -1]
+    unread = matmul(_unembedding(config, params), readout)
+    directions, scale = _folded(config, params, unread), _over_size(config, seen.residual[:, -1])
     bias = jnp.zeros((*tokens.shape, readout.shape[1]))
-    scale = jnp.ones((*tokens.shape, 1))
-    if config.norm != "none":
-        norm = params["final_norm"]
-        if config.norm == "layer":
-            bias = bias + matmul(norm["bias"], directions)
-        directions = norm["scale"][:, None] * directions
-        if config.norm == "layer":
-            # Centring is linear: as well done to the directions as to everything that is written.
-            directions = directions - directions.mean(0)
-            final = final - final.mean(-1, keepdims=True)
-        scale = jax.lax.rsqrt(jnp.square(final).mean(-1, keepdims=True) + config.norm_epsilon)
+    if config.norm == "layer":
+        bias = bias + matmul(params["final_norm"]["bias"], unread)
     if config.bias:
         b_o = sum(params[f"layer_{layer}"]["attention"]["b_O"] for layer in range(config.n_layers))
         bias = bias + scale * matmul(b_o, directions) + matmul(params["b_U"], readout)
@@ -92,15 +95,55 @@ def _direct(config: TransformerConfig, params: Params, tokens: Array, readout: A
     )
 
 
+def _unembedding(config: TransformerConfig, params: Params) -> Array:
+    """W_U [D,V]."""
+    w_u: Array = params["W_E"].T if config.tied else params["W_U"]
+    return w_u
+
+
+def _folded(config: TransformerConfig, params: Params, directions: Array) -> Array:
+    """Directions [D,J] that W_U reads, with the gain of the final norm in them.
+
+    LayerNorm centres what was written; that is linear, so it may as well be done to the directions.
+    """
+    if config.norm != "none":
+        directions = params["final_norm"]["scale"][:, None] * directions
+    return directions - directions.mean(0) if config.norm == "layer" else directions
+
+
+def _over_size(config: TransformerConfig, final: Array) -> Array:
+    """1 over the size by which the final norm divides the residual stream [...,D]: [...,1]."""
+    if config.norm == "none":
+        return jnp.ones((*final.shape[:-1], 1))
+    if config.norm == "layer":
+        final = final - final.mean(-1, keepdims=True)
+    return jax.lax.rsqrt(jnp.square(final).mean(-1, keepdims=True) + config.norm_epsilon)
+
+
 def direct_target_logits(config: TransformerConfig, params: Params, batch: Batch) -> Array:
     """What each head adds itself to the logit of the target, less the mean over the vocabulary, [L,H]; over batch.mask.
 
     Of direct_logit_attribution the part about the next token, averaged; positive for heads that vote for it.
+
+    Raises:
+        ValueError: as there, or an encoder, which sees the next token.
     """
-    terms = direct_logit_attribution(config, params, batch.tokens, jnp.eye(config.n_vocab)).heads[..., :-1, :]
-    target = jnp.take_along_axis(terms, batch.tokens[:, None, None, 1:, None], axis=-1)[..., 0]
+    check_metric(config, log_likelihood)
+    _check_linear(config)
+    check_tokens(config, batch.tokens)
+    return _direct_target_logits(config, params, batch)
+
+
+@partial(jax.jit, static_argnums=0)
+def _direct_target_logits(config: TransformerConfig, params: Params, batch: Batch) -> Array:
+    _, seen = run(config, params, batch)
+    directions = _folded(config, params, _unembedding(config, params))
+    # One direction a position: all logits of all heads would take V times the memory.
+    towards = (directions - directions.mean(-1, keepdims=True)).T[batch.tokens[:, 1:]]
+    scale = _over_size(config, seen.residual[:, -1, :-1])
+    terms = einsum("blhtd,btd->blht", seen.head_outputs[..., :-1, :], scale * towards)
     counts = batch.mask[:, None, None, :-1]
-    return jnp.mean(target - terms.mean(-1), (0, 3), where=jnp.broadcast_to(counts, target.shape))
+    return jnp.mean(terms, (0, 3), where=jnp.broadcast_to(counts, terms.shape))
 
 
 def term_importance(config: TransformerConfig, params: Params, batch: Batch, metric: Metric = log_likelihood) -> Array:
@@ -117,9 +160,10 @@ def term_importance(config: TransformerConfig, params: Params, batch: Batch, met
         metric: see outcomes.Metric; one number.
 
     Raises:
-        ValueError: bad tokens.
+        ValueError: bad tokens, a metric of next tokens for an encoder, or a post-norm model.
     """
     check_tokens(config, batch.tokens)
+    check_metric(config, metric)
     return _term_importance(config, metric, params, batch)
 
 

@@ -16,6 +16,7 @@ from jax import Array
 from circuits_jax.heads.effects import CHUNK
 from circuits_jax.heads.outcomes import (
     Metric,
+    check_metric,
     difference,
     in_chunks,
     induction_attention,
@@ -51,7 +52,8 @@ def edge_effects(
         Edges whose entries are what the metric returns; 0 where there is no edge.
 
     Raises:
-        ValueError: bad tokens, or an array of another shape.
+        ValueError: bad tokens, an array of another shape, a metric of next tokens for an encoder, or a post-norm
+            model, whose residual stream is no sum over senders.
     """
     check_tokens(config, batch.tokens)
     return _edge_effects(config, metric, chunk, params, batch, reference)
@@ -99,6 +101,7 @@ def cut_senders(
         own: a metric [L,H,...] of every head, of which the receiver's is taken.
         others: as in edge_effects; tokens are not checked, nothing is jitted.
     """
+    check_metric(config, metric)
     logits, start = run(config, params, batch)
     whole, own_whole = metric(logits, start, batch), own(logits, start, batch)
     n_layers, n_heads = config.n_layers, config.n_heads

@@ -58,7 +58,7 @@ def ablate(
         What the metric returns, with n in front.
 
     Raises:
-        ValueError: bad tokens, or an array of another shape.
+        ValueError: bad tokens, an array of another shape, or a metric of next tokens for an encoder.
     """
     check_tokens(config, batch.tokens)
     sets, wanted = jnp.asarray(sets), (config.n_layers, config.n_heads)

@@ -42,7 +42,7 @@ def from_attention(
             "duplicate_token": patterns.duplicate_token(pattern, tokens, mask),
             "same_position": patterns.same_position(pattern, mask),
             "first_token": patterns.first_token(pattern, mask),
-            "entropy": patterns.entropy(pattern, mask),
+            "entropy": patterns.entropy(pattern, mask, config.causal),
         }
 
     per_head = jax.vmap(jax.vmap(of_sequence, (0, None, None)), (0, None, None))

@@ -2,6 +2,9 @@
 
 What weights alone say of a head is what it does with such inputs. Every head of a model is asked about the same ones,
 so heads, null heads and models cost a few small matmuls each, whatever D and V: V is seen through n of its tokens.
+
+In a post-norm model what heads write does not reach later heads through these weights alone (weights.check_composes).
+There it is left out of all inputs, so that weights never say of a head that another one serves it, as in induction.
 """
 
 import dataclasses
@@ -10,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from circuits_jax.circuits.linear_algebra import einsum
+from circuits_jax.circuits.linear_algebra import einsum, matmul
 from circuits_jax.circuits.reading import normalized, values
 from circuits_jax.circuits.weights import CircuitWeights, check_positions
 
@@ -25,12 +28,13 @@ class IdealInputs:
         positions: [L,T,D] positions, all holding the mean token (the start token at position 0, where one is given).
         places: [T,D] positions alone as values carry them; zeros where they do not.
         sent: [L,n,D] a token as the previous-token heads of earlier layers write it, each counted as much as it looks
-            back.
+            back. Zeros in a post-norm model.
         pointers: [L,T,D] a position as the duplicate-token heads of earlier layers write it, counted alike.
         mixed: [L,T,D] all at once: a token, its position, and what every head of earlier layers would write if it
             attended to one random row (without b_V and b_O, which do not depend on it).
         mixed_values: [L,T,D] the same as values read it, without the positions of shortformer.
-        raw_size: [L] root mean square length of the mixed rows before a norm.
+        raw_size: [L] root mean square length of the mixed rows as heads add to them: before a norm, after it in a
+            post-norm model.
         embedded_size: [] by what a norm divides the embedded residual; 1 without one.
     """
 
@@ -86,9 +90,53 @@ def token_inputs(weights: CircuitWeights, length: int) -> Array:
 
 
 def written(weights: CircuitWeights, rows: Array, share: Array) -> Array:
-    """sum over the heads of earlier layers of share_a x W_OV^a: rows [n,D], share [L,H] -> [L,n,D]."""
-    moved = einsum("lh,lhnk,lhkd->lnd", share, values(weights, rows), weights.W_O)
+    """sum over the heads of earlier layers of share_a x W_OV^a: rows [n,D], share [L,H] -> [L,n,D]; 0 if post-norm."""
+    return _of_earlier(weights, einsum("lh,lhnk,lhkd->lnd", share, values(weights, rows), weights.W_O))
+
+
+def _of_earlier(weights: CircuitWeights, moved: Array) -> Array:
+    """The sum over earlier layers of what each adds [L,n,D]: what later ones read of it; nothing if post-norm."""
+    if weights.norm_position == "post":
+        return jnp.zeros_like(moved)
     return jnp.cumsum(moved, 0) - moved
+
+
+def added_to(weights: CircuitWeights, residual: Array) -> Array:
+    """What heads add to: the residual stream [...,D]; in a post-norm model its norm, the gain left out."""
+    return normalized(weights, residual) if weights.norm_position == "post" else residual
+
+
+def at_size_of(weights: CircuitWeights, rows: Array) -> CircuitWeights:
+    """The same heads with W_Q and W_K over the size that qk-norm gives q and k of these rows, instead of qk-norm.
+
+    For inputs that are part of what a head reads: qk-norm divides the part by the size of the whole. The size is the
+    root mean square over the rows. Without qk-norm the weights as they are.
+
+    Args:
+        weights: of the model.
+        rows: [n,D], or [L,n,D] by layer.
+    """
+    if weights.q_gain is None or weights.k_gain is None:
+        return weights
+    square = einsum("...nd,...ne->...de", rows, rows) / rows.shape[-2]
+    mean = rows.mean(-2)
+
+    def size(w: Array, b: Array | None, gain: Array) -> Array:
+        """[L,H,1,1] of W [L,H,D,K], without the gain [L,K]."""
+        w = w / gain[:, None, None]
+        total = (w * matmul(square[..., None, :, :], w)).sum((-2, -1))
+        if b is not None:
+            b = b / gain[:, None]
+            total = total + (b * (2 * matmul(mean[..., None, None, :], w)[..., 0, :] + b)).sum(-1)
+        return jnp.sqrt(total / w.shape[-1] + weights.norm_epsilon)[..., None, None]
+
+    def over(w: Array, b: Array | None, gain: Array) -> tuple[Array, Array | None]:
+        by = size(w, b, gain)
+        return w / by, None if b is None else b / by[..., 0]
+
+    w_q, b_q = over(weights.W_Q, weights.b_Q, weights.q_gain)
+    w_k, b_k = over(weights.W_K, weights.b_K, weights.k_gain)
+    return dataclasses.replace(weights, W_Q=w_q, b_Q=b_q, W_K=w_k, b_K=b_k, q_gain=None, k_gain=None)
 
 
 def ideal_inputs(
@@ -119,7 +167,7 @@ def ideal_inputs(
     shifts = jax.random.randint(shift_key, (n_layers, n_heads), 0, length)
     moved = jax.vmap(jax.vmap(lambda x, by: jnp.roll(x, by, 0)))(moved, shifts)
     added = einsum("lhnk,lhkd->lnd", moved, weights.W_O)
-    raw = rows * size + jnp.cumsum(added, 0) - added
+    raw = rows * size + _of_earlier(weights, added)
     mixed = normalized(weights, raw)
     with_positions = mixed
     if weights.positions == "shortformer" and weights.W_P is not None:
@@ -132,6 +180,6 @@ def ideal_inputs(
         pointers=written(weights, places, copies) / mean_size,
         mixed=with_positions,
         mixed_values=mixed,
-        raw_size=jnp.sqrt(jnp.square(raw).sum(-1).mean(-1)),
+        raw_size=jnp.sqrt(jnp.square(added_to(weights, raw)).sum(-1).mean(-1)),
         embedded_size=mean_size,
     )

@@ -45,10 +45,16 @@ def mechanisms(config: TransformerConfig, params: Params, looks_back: Array, bat
         batch: B sequences that say which positions are asked for; nothing is run on them.
 
     Raises:
-        ValueError: the model has not two layers.
+        ValueError: the model has not two layers, sees the next token, or what its heads write neither reaches later
+            heads nor the logits through these weights alone.
     """
     if config.n_layers != 2:
         raise ValueError(f"n_layers must be 2 for mechanisms of two layers; got {config.n_layers}")
+    if not config.causal or config.norm_position == "post" or config.unembed_transform:
+        raise ValueError(
+            "mechanisms need a decoder (causal=True) with norm_position 'pre' and no unembed_transform; got causal="
+            f"{config.causal}, norm_position={config.norm_position!r}, unembed_transform={config.unembed_transform}"
+        )
     length = batch.tokens.shape[-1]
     weights = CircuitWeights.from_params(config, params)
     found = structure(weights, looks_back, jax.random.key(0), n_draws=1)  # the null is not asked

@@ -21,7 +21,7 @@ static argument of compiled programs. What is attributed or patched has to be on
 
 
 def log_likelihood(logits: Array, seen: Activations, batch: Batch) -> Array:
-    """Mean log-probability in nats of the targets in batch.mask: minus the loss."""
+    """Mean log-probability in nats of the targets in batch.mask: minus the loss. Not for encoders (check_metric)."""
     return -next_token_loss(logits, batch)
 
 
@@ -66,7 +66,17 @@ def on_repeats(logits: Array, seen: Activations, batch: Batch) -> Repeats:
     return Repeats(next_token_loss(logits, batch), induction_attention(logits, seen, batch))
 
 
+OF_NEXT_TOKENS = (log_likelihood, on_repeats)
 NOTHING = Interventions()
+
+
+def check_metric(config: TransformerConfig, metric: Metric) -> None:
+    """Raises ValueError for a metric of next tokens and a model that sees them."""
+    if not config.causal and metric in OF_NEXT_TOKENS:
+        raise ValueError(
+            "metric must be one of your own, such as logit_difference, for a model with causal=False: an encoder sees "
+            "the next token, whose likelihood says nothing"
+        )
 
 
 def run(
@@ -86,7 +96,8 @@ def run(
 def value_under(
     config: TransformerConfig, params: Params, batch: Batch, metric: Metric, interventions: Interventions
 ) -> Any:
-    """The metric of one run; not checked, not jitted."""
+    """The metric of one run; tokens are not checked, nothing is jitted."""
+    check_metric(config, metric)
     return metric(*run(config, params, batch, interventions), batch)
 
 

@@ -25,6 +25,7 @@ from circuits_jax.heads.outcomes import (
     NOTHING,
     Metric,
     check_chunk,
+    check_metric,
     difference,
     in_chunks,
     log_likelihood,
@@ -117,6 +118,7 @@ def _patch(
     def asked(logits: Array, seen: Activations, batch: Batch) -> Array:
         return metric(logits, seen, clean)
 
+    check_metric(config, metric)
     logits, seen = run(config, params, clean)
     gap = asked(logits, seen, clean) - value_under(config, params, corrupted, asked, NOTHING)
     return jax.tree.map(lambda fall: -fall / gap, falls(config, params, corrupted, asked, seen, chunk))
@@ -215,6 +217,7 @@ def _knock_out(
     config: TransformerConfig, metric: Metric, chunk: int, params: Params, batch: Batch, directions: Array,
     becomes: Array,
 ) -> Any:  # fmt: skip
+    check_metric(config, metric)
     logits, seen = run(config, params, batch)
     whole = metric(logits, seen, batch)
     unit = directions / jnp.linalg.norm(directions, axis=-1, keepdims=True)

@@ -4,6 +4,9 @@ Every score is a mean over queries. `queries` [T] bool picks those that count, b
 where the task needs it: a previous-token head that serves an induction head attends back at positions below the
 longest period and anywhere after, and its mean over all positions reads .5 for a perfect one.
 A score is NaN when no query counts.
+
+In encoders (causal=False) the types mean what they mean in decoders: offsets look back, copies are earlier ones. A head
+that attends to t + 1, or to later copies, has no score of its own here.
 """
 
 from collections.abc import Callable
@@ -14,11 +17,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.scipy.special import xlogy
 
+from circuits_jax.models.transformer import attend
 from circuits_jax.tasks.batch import Batch
 
 
 def previous_token(pattern: Array, queries: Array) -> Array:
-    """Mean over queries t >= 1 of the attention to t - 1; 1/(t+1) each for uniform attention."""
+    """Mean over queries t >= 1 of the attention to t - 1; 1/n_visible each for uniform attention."""
     back = jnp.diagonal(pattern, offset=-1)
     return jnp.mean(back, where=queries[1:])
 
@@ -30,18 +34,20 @@ def same_position(pattern: Array, queries: Array) -> Array:
 
 def offset_profile(pattern: Array, queries: Array) -> Array:
     """f(k) = mean over queries t >= k of the attention to t - k, [T]: previous_token at k = 1, same_position at 0."""
-    length = len(pattern)
-    offset = jnp.arange(length)[:, None] - jnp.arange(length)
-
-    def at(k: Array) -> Array:
-        return jnp.mean(jnp.sum(pattern * (offset == k), -1), where=queries & (jnp.arange(length) >= k))
-
-    return jax.vmap(at)(jnp.arange(length))
+    place = jnp.arange(len(pattern))
+    key = place[:, None] - place  # [t,k]
+    back = jnp.take_along_axis(pattern, jnp.maximum(key, 0), -1)
+    return jnp.mean(back, 0, where=queries[:, None] & (key >= 0))
 
 
-def uniform(length: int) -> Array:
-    """The pattern that attends to all positions alike: 1/(t + 1) for each, [T,T]."""
-    return jnp.tril(jnp.ones((length, length))) / jnp.arange(1, length + 1)[:, None]
+def n_visible(length: int, causal: bool = True) -> Array:
+    """How many keys each of T queries can see, [T]: t + 1, or all T in an encoder."""
+    return jnp.arange(1, length + 1) if causal else jnp.full(length, length)
+
+
+def uniform(length: int, causal: bool = True) -> Array:
+    """The pattern that attends to all keys alike that a query can see: 1/n_visible for each, [T,T]."""
+    return attend(jnp.zeros((length, length)), causal)
 
 
 def above_chance(score: Array, chance: Array) -> Array:
@@ -76,10 +82,10 @@ def after_copies(tokens: Array) -> Array:
     return jnp.tril(jnp.pad(earlier_copies(tokens), ((0, 0), (1, 0)))[:, :-1], k=-1)
 
 
-def entropy(pattern: Array, queries: Array) -> Array:
-    """Mean over queries t >= 1 of H(attention of t) / ln(t + 1): 0 for one key, 1 for uniform attention."""
+def entropy(pattern: Array, queries: Array, causal: bool = True) -> Array:
+    """Mean over queries t >= 1 of H(attention of t) / ln(n_visible): 0 for one key, 1 for uniform attention."""
     p_log_p = xlogy(pattern, jnp.where(pattern == 0, 1.0, pattern))
-    most = jnp.log(jnp.arange(1, len(pattern)) + 1.0)
+    most = jnp.log(n_visible(len(pattern), causal)[1:].astype(pattern.dtype))
     return jnp.mean(-p_log_p.sum(-1)[1:] / most, where=queries[1:])
 
 

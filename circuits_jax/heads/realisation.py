@@ -12,6 +12,7 @@ from circuits_jax.circuits.linear_algebra import einsum, matmul
 from circuits_jax.circuits.reading import normalized
 from circuits_jax.circuits.weights import CircuitWeights, per_query_head
 from circuits_jax.heads import patterns
+from circuits_jax.heads.ideal_inputs import added_to
 from circuits_jax.heads.signatures import additive_diagonal, double_centred
 from circuits_jax.heads.structure import Structure
 from circuits_jax.heads.type_evidence import (
@@ -76,21 +77,32 @@ def on_own_batch(config: TransformerConfig, params: Params, tokens: Array) -> Sc
     query or at position 0. NaN where no query is left. Periods of the batch can still fake one type by another, which
     is why labels rest on designed inputs.
     """
-    with jax.default_matmul_precision("highest"):
-        pattern = jax.vmap(lambda sequence: apply(config, params, sequence)[1].patterns)(tokens)
     length = tokens.shape[-1]
-    profile, first = above_chance_profiles(pattern.mean(0), jnp.ones(length, bool))
-    scores, _ = positional_scores(profile, first)
-    place = jnp.arange(length)
+    everywhere, place = jnp.ones(length, bool), jnp.arange(length)
     simple = (place == place[:, None] - 1) | (place == 0)
-    for name, targets_of in TARGETS.items():
-        targets = jax.vmap(targets_of)(tokens)
+
+    def of_sequence(sequence: Array) -> tuple[tuple[Array, Array, Array], dict[str, tuple[Array, ...]]]:
+        with jax.default_matmul_precision("highest"):
+            pattern = apply(config, params, sequence)[1].patterns
+        even = jax.vmap(jax.vmap(lambda x: patterns.entropy(x, everywhere, config.causal)))(pattern)
+        return (*above_chance_profiles(pattern, everywhere, config.causal), even), {
+            name: on_targets(pattern, targets_of(sequence)) for name, targets_of in TARGETS.items()
+        }
+
+    def on_targets(pattern: Array, targets: Array) -> tuple[Array, ...]:
+        """Sums over the queries that count: attention to their targets [L,H], chance, and how many they are."""
         counts = targets.any(-1) & ~(targets & simple).any(-1)
-        hit = einsum("blhts,bts->blht", pattern, targets.astype(pattern.dtype))
-        chance = jnp.mean(targets.sum(-1) / (place + 1), where=counts)
-        scores[name] = patterns.above_chance(jnp.mean(hit, (0, -1), where=counts[:, None, None]), chance)
-    even = jax.vmap(lambda x: patterns.entropy(x, jnp.ones(length, bool)))(pattern.reshape(-1, length, length))
-    return scores | {"diffuse": even.reshape(pattern.shape[:-2]).mean(0)}
+        hit = einsum("lhts,ts->lht", pattern, targets.astype(pattern.dtype))
+        chance = targets.sum(-1) / patterns.n_visible(length, config.causal)
+        return hit.sum(-1, where=counts), chance.sum(where=counts), counts.sum()
+
+    # One sequence after the other: those of a user may be long.
+    (profile, first, even), sums = jax.lax.map(of_sequence, tokens)
+    scores, _ = positional_scores(profile.mean(0), first.mean(0))
+    for name, of_sequences in sums.items():
+        hit, chance, n_queries = (x.sum(0) for x in of_sequences)
+        scores[name] = patterns.above_chance(hit / n_queries, chance / n_queries)
+    return scores | {"diffuse": even.mean(0)}
 
 
 # --- query-key side ---
@@ -110,48 +122,48 @@ def _qk_evidence(
         queries: [T].
         bos: whether position 0 holds a start token.
     """
-    means = pattern.mean(1)
-    profile, first = above_chance_profiles(means, queries)
+    means, causal = pattern.mean(1), found.weights.causal
+    profile, first = above_chance_profiles(means, queries, causal)
     scores, offset = positional_scores(profile.min(0), first.min(0))
-    z = positional_z(means.mean(0), queries, offset)
+    z = positional_z(means.mean(0), queries, offset, causal)
 
     repeats, letters = (pattern[1], inputs.repeats), (pattern[2], inputs.few_letters)
     scores["duplicate_token"] = jnp.minimum(
-        _token_score("duplicate_token", *repeats), _token_score("duplicate_token", *letters)
+        _token_score("duplicate_token", *repeats, causal), _token_score("duplicate_token", *letters, causal)
     )
-    scores["induction"] = _token_score("induction", *repeats)
+    scores["induction"] = _token_score("induction", *repeats, causal)
     z |= {name: _shuffled_z(name, *repeats) for name in ("duplicate_token", "induction")}
 
     share = content_share(placed, jnp.moveaxis(inputs.placed, 1, 0), found.ids, int(bos))
     scores["content"] = share - found.null["content"].mean(0)
     z["content"] = against(share, found.null["content"])
     everywhere = jnp.ones(len(queries), bool)
-    entropy = jax.vmap(lambda x: patterns.entropy(x, everywhere))(pattern.reshape(-1, *pattern.shape[-2:]))
+    flat = pattern.reshape(-1, *pattern.shape[-2:])
+    entropy = jax.vmap(lambda x: patterns.entropy(x, everywhere, causal))(flat)
     scores["diffuse"] = entropy.reshape(pattern.shape[:-2]).mean(1).min(0)
     z["diffuse"] = jnp.full_like(scores["diffuse"], jnp.inf)
     return Evidence(scores, z, {"offset": offset})
 
 
-def positional_z(mean_pattern: Array, queries: Array, offset: Array) -> Scores:
+def positional_z(mean_pattern: Array, queries: Array, offset: Array, causal: bool = True) -> Scores:
     """How far attention to the target stands out when the keys of every query are dealt out at random, [...] each.
 
-    Over permutations of the keys of query t, the attention to its target has mean 1/(t + 1) and the variance of the
-    row; rows are independent. Exact for the first two moments.
+    Over permutations of the n keys that query t can see, the attention to its target has mean 1/n and the variance of
+    the row; rows are independent. Exact for the first two moments. Query 0 does not count.
 
     Args:
         mean_pattern: [...,T,T] averaged over sequences.
         queries: [T] bool.
         offset: [...] of fixed_offset; its z is not corrected for having been chosen.
+        causal: whether a query sees no later key.
     """
-    length = len(queries)
-    place = jnp.arange(length)
-    visible = place[:, None] >= place
-    chance = 1.0 / (place + 1)
+    place = jnp.arange(len(queries))
+    chance = 1.0 / patterns.n_visible(len(queries), causal)
     variance = jnp.square(mean_pattern).sum(-1) * chance - chance**2
 
     def z(target: Array) -> Array:
         counts = queries & (target >= 0) & (place > 0)
-        hit = jnp.where(visible & (place == target[..., None]), mean_pattern, 0.0).sum(-1)
+        hit = jnp.where(place == target[..., None], mean_pattern, 0.0).sum(-1)
         excess = jnp.sum(hit - chance, -1, where=counts)
         spread = jnp.sqrt(jnp.sum(jnp.maximum(variance, 0.0), -1, where=counts))
         return jnp.where(spread < 1e-6, 0.0, excess / jnp.where(spread == 0, 1.0, spread))
@@ -167,9 +179,9 @@ def positional_z(mean_pattern: Array, queries: Array, offset: Array) -> Scores:
 TARGETS = {"duplicate_token": patterns.earlier_copies, "induction": patterns.after_copies}
 
 
-def _token_score(name: str, pattern: Array, tokens: Array) -> Array:
+def _token_score(name: str, pattern: Array, tokens: Array, causal: bool = True) -> Array:
     """Above-chance score of a type that looks for tokens, on patterns [B,L,H,T,T]: [L,H]."""
-    even = patterns.uniform(tokens.shape[-1])
+    even = patterns.uniform(tokens.shape[-1], causal)
     attention, chance = _on_targets(name, pattern, tokens), _on_targets(name, even, tokens)
     return patterns.above_chance(attention.mean(0), chance.mean())
 
@@ -243,7 +255,7 @@ def _ov_evidence(weights: CircuitWeights, found: Structure, tokens: Array, patte
 
     lengths = written_length(values, weights.W_O)
     written = jnp.sqrt(jnp.sum(jnp.square(lengths) * attended, (0, -1)) / attended.sum((0, -1)))
-    size = written / jnp.sqrt(jnp.square(residual).sum(-1).mean((0, -1)))[:, None]
+    size = written / jnp.sqrt(jnp.square(added_to(weights, residual)).sum(-1).mean((0, -1)))[:, None]
     of_tokens, of_places = (agreement(one, two, weights.W_O) for one, two in (halves, at_places))
     sent_on = relay_scores(found.weights, found.inputs, own, place_values)
     sent_on = Relays(_times(sent_on.q, of_places), _times(sent_on.k, of_tokens), _times(sent_on.v, of_tokens))

@@ -2,7 +2,7 @@
 
 They say what inputs of the right kind would make the head do; not that such inputs reach it. In a model with norms,
 what a head reads is divided by the size of the residual stream; these scores take the size that the embedding gives it
-(exact in the first layer up to the spread over tokens, an estimate after it).
+(exact in the first layer up to the spread over tokens, an estimate after it), and so with the sizes of qk-norm.
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ from jax import Array
 
 from circuits_jax.circuits.attention import mean_qk
 from circuits_jax.circuits.composition import k_path_gaps
-from circuits_jax.circuits.linear_algebra import einsum
+from circuits_jax.circuits.linear_algebra import einsum, matmul
 from circuits_jax.circuits.low_rank import LowRank
 from circuits_jax.circuits.reading import position_scores
 from circuits_jax.circuits.spectra import entry_variance
 from circuits_jax.circuits.weights import CircuitWeights, per_query_head
 from circuits_jax.heads import patterns
-from circuits_jax.heads.ideal_inputs import position_inputs, residual_size
+from circuits_jax.heads.ideal_inputs import at_size_of, position_inputs, residual_size
 from circuits_jax.models.transformer import attend
 
 
@@ -38,11 +38,11 @@ def previous_token(weights: CircuitWeights, queries: Array) -> Array:
 
 
 def position_pattern(weights: CircuitWeights, length: int) -> Array:
-    """The causal attention pattern among positions that all hold the mean token e, [L,H,T,T].
+    """The attention pattern among positions that all hold the mean token e, [L,H,T,T].
 
-    The causal softmax of ((e + W_P) W_Q + b_Q)((e + W_P) W_K + b_K)^T / sqrt(K). With rotary positions there is no
-    W_P: the score depends on the offset alone, e W_Q R_offset W_K^T e^T / sqrt(K). Without positions the pattern is
-    uniform.
+    The softmax of ((e + W_P) W_Q + b_Q)((e + W_P) W_K + b_K)^T / sqrt(K), over the keys that a query can see. With
+    rotary positions there is no W_P: the score depends on the offset alone, e W_Q R_offset W_K^T e^T / sqrt(K). Without
+    positions the pattern is uniform.
     """
     rows = position_inputs(weights, length)
     return attend(position_scores(weights, rows, rows), weights.causal)
@@ -58,9 +58,13 @@ def k_composition(weights: CircuitWeights) -> Array:
     In units of attention score: by how much a query prefers the key where the sender wrote the query's own token
     over one where it wrote another token. Zero where the sender is not in an earlier layer. An induction edge also
     needs the sender to look one position back, and enough margin over other tokens: see induction.
+
+    Raises:
+        ValueError: a post-norm model, where what the sender wrote does not reach the key through these weights alone.
     """
-    sizes = _mean_size(weights) ** 3  # the query's, the sender's and the key's norm
-    return k_path_gaps(weights) / (math.sqrt(weights.W_Q.shape[-1]) * sizes)
+    size = _mean_size(weights)  # of the norms of query, sender and key
+    linear = at_size_of(weights, weights.W_E / size)
+    return k_path_gaps(linear) / (math.sqrt(weights.W_Q.shape[-1]) * size**3)
 
 
 @jax.tree_util.register_dataclass
@@ -98,6 +102,9 @@ def induction(weights: CircuitWeights, queries: Array, n_distractors: float | Ar
 
     What it establishes: tokens and positions that reach the heads as embedded would make this circuit. Not that
     something else (MLPs, other layers, norms) leaves them so.
+
+    Raises:
+        ValueError: a post-norm model, as in k_composition.
     """
     looks_back = previous_token(weights, queries)
     margins = looks_back[:, :, None, None] * k_composition(weights)
@@ -113,6 +120,11 @@ def induction(weights: CircuitWeights, queries: Array, n_distractors: float | Ar
         edges=whole - attention(margin - margins),
         joint_edges=whole - attention(jnp.zeros_like(margin)),
     )
+
+
+def usual_distractors(weights: CircuitWeights, length: int) -> float:
+    """How many keys do not match, for a query among T positions: T/2 on average, T in an encoder."""
+    return length / 2 if weights.causal else float(length)
 
 
 def matching(scores: Array, n_distractors: float | Array, n_matches: int) -> Array:
@@ -185,17 +197,17 @@ def _token_noise(weights: CircuitWeights, looks_back: Array) -> Array:
     """
     size = _mean_size(weights)
     tokens = weights.W_E / size
-    reads = mean_qk(weights)
-    left = einsum("vd,mgdk->mgvk", tokens, reads.left) / math.sqrt(weights.W_Q.shape[-1])
+    reads = mean_qk(at_size_of(weights, tokens))
     w_v = per_query_head(weights, weights.W_V)
-    sent = einsum("lm,lh,vd,lhdk,lhke->mve", _earlier(weights), looks_back, tokens, w_v, weights.W_O)
-    through_senders = LowRank(left, einsum("mgkd,mvd->mgkv", reads.right, sent / size))
-    own_token = LowRank(left, einsum("mgkd,vd->mgkv", reads.right, tokens))
-    on, off = entry_variance(through_senders)
-    return on + off + 2 * entry_variance(own_token)[1]
+    layers = jnp.arange(len(weights.W_Q))
 
+    def of_layer(layer: Array) -> Array:
+        left = matmul(tokens, reads.left[layer]) / math.sqrt(weights.W_Q.shape[-1])
+        share = jnp.where(layers[:, None] < layer, looks_back, 0.0)[..., None, None]
+        sent = matmul(tokens, einsum("lhdk,lhke->de", share * w_v, weights.W_O)) / size
+        through_senders, own_token = (LowRank(left, matmul(reads.right[layer], x.T)) for x in (sent, tokens))
+        on, off = entry_variance(through_senders)
+        return on + off + 2 * entry_variance(own_token)[1]
 
-def _earlier(weights: CircuitWeights) -> Array:
-    """[L,L]: 1 where the first layer is in front of the second."""
-    layer = jnp.arange(len(weights.W_Q))
-    return (layer[:, None] < layer).astype(weights.W_Q.dtype)
+    # One receiving layer after the other: a vocabulary of 50,000 times the heads of all would take gigabytes.
+    return jax.lax.map(of_layer, layers)

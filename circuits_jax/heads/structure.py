@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from circuits_jax.circuits import reading
+from circuits_jax.circuits.attention import visible_offsets
 from circuits_jax.circuits.linear_algebra import matmul
 from circuits_jax.circuits.orthonormalisation import triangle
 from circuits_jax.circuits.weights import CircuitWeights, per_query_head
@@ -100,7 +101,8 @@ def _inputs(weights: CircuitWeights, queries: Array, start: Array | None, key: A
     rows = ideal.position_inputs(weights, length, start)
     tokens = ideal.token_inputs(weights, length)
     profile, _ = _profiles(weights, reading.position_scores(weights, rows, rows), queries)
-    copies = _matching(reading.token_scores(weights, tokens, tokens, jnp.arange(length)), length / 2, 2)
+    by_token = reading.token_scores(weights, tokens, tokens, visible_offsets(length, weights.causal))
+    copies = _matching(by_token, signatures.usual_distractors(weights, length), 2)
     return ideal.ideal_inputs(weights, length, jnp.clip(profile[..., 1], 0.0), jnp.clip(copies, 0.0), start, key)
 
 
@@ -114,11 +116,12 @@ def qk_evidence(weights: CircuitWeights, inputs: IdealInputs, queries: Array, nu
     mean squares of double-centred scores in logits between tokens, and between positions.
     """
     length = len(queries)
-    offsets, n_distractors = jnp.arange(length), length / 2
+    offsets, n_distractors = visible_offsets(length, weights.causal), signatures.usual_distractors(weights, length)
     by_token = reading.token_scores(weights, inputs.tokens, inputs.tokens, offsets)
-    by_sent = reading.token_scores(weights, inputs.tokens, inputs.sent, offsets)
+    of_parts = ideal.at_size_of(weights, inputs.mixed)
+    by_sent = reading.token_scores(of_parts, inputs.tokens, inputs.sent, offsets)
     # A pointer at j asks for the key at j + 1.
-    by_pointer = reading.token_scores(weights, inputs.pointers[:, :-1], inputs.places[1:], offsets)
+    by_pointer = reading.token_scores(of_parts, inputs.pointers[:, :-1], inputs.places[1:], offsets)
     through_k, through_q = (_matching(x, n_distractors, 1) for x in (by_sent, by_pointer))
     by_k = through_k >= through_q
     mixed = attend(reading.position_scores(weights, inputs.mixed, inputs.mixed), weights.causal)
@@ -126,8 +129,10 @@ def qk_evidence(weights: CircuitWeights, inputs: IdealInputs, queries: Array, nu
     z = {name: against(score, null[name]) for name, score in scores.items()}
     scores["content"] = scores["content"] - null["content"].mean(0)
     # Whatever the tokens: among mean tokens all queries of a token head share one favourite key, by chance the first.
-    scores["first_token"] = jnp.minimum(scores["first_token"], above_chance_profiles(mixed, queries)[1])
-    entropy = jax.vmap(jax.vmap(lambda pattern: patterns.entropy(pattern, jnp.ones(length, bool))))(mixed)
+    among_all = above_chance_profiles(mixed, queries, weights.causal)[1]
+    scores["first_token"] = jnp.minimum(scores["first_token"], among_all)
+    everywhere = jnp.ones(length, bool)
+    entropy = jax.vmap(jax.vmap(lambda pattern: patterns.entropy(pattern, everywhere, weights.causal)))(mixed)
     scores |= {
         "duplicate_token": _matching(by_token, n_distractors, 2),
         "induction": jnp.maximum(through_k, through_q),
@@ -146,7 +151,7 @@ def qk_evidence(weights: CircuitWeights, inputs: IdealInputs, queries: Array, nu
 
 def _profiles(weights: CircuitWeights, scores: Array, queries: Array) -> tuple[Array, Array]:
     """Above-chance offset profile [L,H,T] and first-token attention [L,H] of softmax(scores [L,H,T,T])."""
-    return above_chance_profiles(attend(scores, weights.causal), queries)
+    return above_chance_profiles(attend(scores, weights.causal), queries, weights.causal)
 
 
 def _positional_and_content(
@@ -154,7 +159,8 @@ def _positional_and_content(
 ) -> tuple[Scores, Array]:
     """Of query rows against key rows, which are the same inputs unless heads are rotated."""
     by_position = reading.position_scores(weights, asking.positions, asked.positions)
-    by_token = reading.token_scores(weights, asking.tokens, asked.tokens, jnp.arange(len(queries)))
+    offsets = visible_offsets(len(queries), weights.causal)
+    by_token = reading.token_scores(weights, asking.tokens, asked.tokens, offsets)
     scores, offset = positional_scores(*_profiles(weights, by_position, queries))
     share = jax.vmap(jax.vmap(signatures.content))
     scores["content"] = share(by_token, by_position, _cross_energy(weights, by_token, asking, asked))
@@ -167,7 +173,8 @@ def _cross_energy(weights: CircuitWeights, by_token: Array, asking: IdealInputs,
     between = jax.vmap(jax.vmap(signatures.energy_between_different))
     if weights.positions == "rotary":
         at = lambda offset: between(reading.token_scores(weights, asking.tokens, asked.tokens, offset[None]))  # noqa: E731
-        energy = jax.lax.map(at, jnp.arange(N_OFFSETS) * length // N_OFFSETS).mean(0)
+        offsets = visible_offsets(length, weights.causal)
+        energy = jax.lax.map(at, offsets[jnp.arange(N_OFFSETS) * len(offsets) // N_OFFSETS]).mean(0)
         return jnp.maximum(energy - between(by_token), 0.0)
     pairs = ((asking.tokens, asked.positions), (asking.positions, asked.tokens))
     nowhere = jnp.zeros(1, int)

@@ -3,6 +3,10 @@
 A label needs three things of one kind of evidence: a score beyond the calibrated threshold (thresholds.py), a null
 that is beaten at a false discovery rate over the heads of the model, and no more specific label that says the same.
 It is supported when weights and activations agree on it; where only one of them says so, the report says which.
+
+Types look back, in encoders too: one that attends ahead is undetermined. In a post-norm model weights say nothing of
+heads that serve each other (ideal_inputs.py), and OV types are of what a head writes as W_U would read it
+(value_scores.py).
 """
 
 import dataclasses

@@ -9,10 +9,11 @@ from jax import Array
 from jax.scipy.stats import norm
 
 from circuits_jax.circuits import reading
+from circuits_jax.circuits.attention import visible_offsets
 from circuits_jax.circuits.linear_algebra import einsum, matmul
 from circuits_jax.circuits.weights import CircuitWeights
 from circuits_jax.heads import nulls, patterns
-from circuits_jax.heads.ideal_inputs import IdealInputs
+from circuits_jax.heads.ideal_inputs import IdealInputs, at_size_of
 from circuits_jax.heads.value_scores import Relays, relays, token_match, value_scores
 
 FEWEST_QUERIES = 4  # that make a rule of an offset and not an accident
@@ -72,13 +73,13 @@ def positional_scores(profile: Array, first: Array) -> tuple[Scores, Array]:
     return scores, further.argmax(-1) + 2
 
 
-def above_chance_profiles(pattern: Array, queries: Array) -> tuple[Array, Array]:
-    """Above-chance offset profile [...,T] and first-token attention [...] of patterns [...,T,T].
+def above_chance_profiles(pattern: Array, queries: Array, causal: bool = True) -> tuple[Array, Array]:
+    """Above-chance offset profile [...,T] and first-token attention [...] of patterns [...,T,T], causal or not.
 
     NaN at offsets with fewer than FEWEST_QUERIES queries.
     """
     length = len(queries)
-    even = patterns.uniform(length)
+    even = patterns.uniform(length, causal)
     enough = jnp.cumsum(queries[::-1])[::-1] >= FEWEST_QUERIES
 
     def above(score: Callable[[Array, Array], Array]) -> Array:
@@ -131,9 +132,10 @@ def ov_evidence(
 
 def relay_scores(weights: CircuitWeights, inputs: IdealInputs, token_values: Array, place_values: Array) -> Relays:
     """value_scores.relays with what later heads match: token queries and the keys of positions."""
-    offsets = jnp.arange(inputs.places.shape[-2])
-    token_queries = reading.mean_over_offsets(weights, reading.queries(weights, inputs.tokens), offsets)
-    return relays(weights, token_values, place_values, token_queries, reading.keys(weights, inputs.places))
+    offsets = visible_offsets(inputs.places.shape[-2], weights.causal)
+    of_parts = at_size_of(weights, inputs.mixed)
+    token_queries = reading.mean_over_offsets(weights, reading.queries(of_parts, inputs.tokens), offsets)
+    return relays(of_parts, token_values, place_values, token_queries, reading.keys(of_parts, inputs.places))
 
 
 def written_length(values: Array, w_o: Array) -> Array:

@@ -2,6 +2,9 @@
 
 For each of n tokens a head has a value vector v_u in R^K, and writes v_u W_O. Everything here is relative to the mean
 over tokens: what does not depend on the token carries nothing about it. Logits are relative to their mean too.
+
+What is written counts as if it were unembedded as it is. In a post-norm model, and with a transform in front of the
+unembedding (BERT), it is not: there these "logits" are its similarity with what W_U reads, and no part of a logit.
 """
 
 import dataclasses
@@ -103,9 +106,9 @@ def matches(trace: Array, norm: Array, n: int, rank: int) -> Matches:
 def token_match(values: Array, w_o: Array, w_u: Array) -> Matches:
     """Of the logit table: does a token raise itself?"""
     circuit = logit_circuit(values, w_o, w_u)
-    table = matmul(circuit.left, circuit.right)
-    norm = jnp.sqrt(jnp.square(table).sum((-2, -1)))
-    return matches(jnp.trace(table, axis1=-2, axis2=-1), norm, *values.shape[-2:])
+    grams = matmul(circuit.left.mT, circuit.left) * matmul(circuit.right, circuit.right.mT)
+    norm = jnp.sqrt(jnp.maximum(grams.sum((-2, -1)), 0.0))
+    return matches(circuit.trace(), norm, *values.shape[-2:])
 
 
 @jax.tree_util.register_dataclass
@@ -127,11 +130,16 @@ def relays(
 ) -> Relays:
     """Tables V_a W_O^a W_X^b R_b^T of all pairs, with what b matches them with: two matmuls of K x K a pair.
 
+    All 0 in a post-norm model, where what a head writes does not reach later ones through these weights alone.
+
     Args:
         weights: of the model, with W_U cut down to the n tokens.
         token_values: [L,H,n,K]; place_values: [L,H,T,K], of positions.
         token_queries: [L,H,n,K]; place_keys: [L,H,T,K].
     """
+    if weights.norm_position == "post":
+        none = jnp.zeros(weights.W_Q.shape[:2] * 2)
+        return Relays(*[Matches(none, none, none)] * 3)
     w_k, w_v = (per_query_head(weights, w) for w in (weights.W_K, weights.W_V))
     logits = matmul(weights.W_O, weights.W_U - weights.W_U.mean(-1, keepdims=True)).mT
     tokens, places = centred(token_values), centred(place_values[..., :-1, :])
