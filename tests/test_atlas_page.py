@@ -343,13 +343,14 @@ def test_the_panel_shows_the_head(opened, atlases):
     assert page.locator("#panel .link").all_inner_texts() == sends
 
 
-def test_partners_lead_to_their_head(opened):
+def test_partners_lead_to_their_head(opened, atlases):
     page = opened("steps")
+    assert page.locator("#step-name").inner_text() == atlases["steps"]["states"][-1]["name"]  # a run opens at its end
     link = page.locator("#panel .link").first
     name = link.inner_text()
     link.focus()
     page.keyboard.press("Enter")
-    assert heading(page) == f"Head {name} step 0"
+    assert heading(page) == f"Head {name} {atlases['steps']['states'][-1]['name']}"
     assert page.evaluate("document.activeElement.id") == "panel"  # and not lost with the old link
 
 

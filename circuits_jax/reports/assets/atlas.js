@@ -1,7 +1,7 @@
 // What is looked at (head and step), kept in the address so that a link opens it; and the start of the page.
 
 const atlas = JSON.parse(byId("data").textContent);
-const view = { head: 0, step: 0 };
+const view = { head: 0, step: atlas.states.length - 1 };
 const state = () => atlas.states[view.step];
 
 // #head=5.1&step=3; what the address does not say or says wrongly stays as it is.

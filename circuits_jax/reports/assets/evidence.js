@@ -78,13 +78,16 @@ function markEvidence(row, evidence, place) {
 
 // --- spectra, positions, pairs ---
 
+const BETWEEN_TOKENS = { qk: "W_E W_QK W_Eᵀ", ov: "W_E W_OV W_U" };
+
 function spectraSection(head) {
   return CIRCUITS.map((side) => {
     const spectrum = head.spectra[side];
     const name = side.toUpperCase();
     const summary = table([name, "value", "null", "z"], spectrum.summary);
     const charts = [spectrumChart(name, spectrum), eigenvalueChart(name, spectrum.eigenvalues)];
-    const heading = make("h4", {}, `${name}: singular values against their null, eigenvalues`);
+    const titles = `W_${name}: singular values, the band of random circuits. Eigenvalues of ${BETWEEN_TOKENS[side]}`;
+    const heading = make("h4", {}, titles);
     return make("div", { class: "spectra" }, heading, ...charts, summary);
   });
 }
