@@ -3,11 +3,13 @@
 import dataclasses
 import math
 import re
+import textwrap
 
 import jax
 import numpy as np
 import pytest
 
+import circuits_jax as cj
 from circuits_jax.circuits.weights import CircuitWeights, check_params, params_from_weights, per_query_head
 from circuits_jax.models.config import Rotary, TransformerConfig
 from circuits_jax.models.transformer import forward, init_params
@@ -371,3 +373,11 @@ def test_params_that_do_not_fit_are_named(params, name, expected, got):
         check_params(CHECKED, params)
     with pytest.raises(ValueError, match=message):
         CircuitWeights.from_params(CHECKED, params)
+
+
+def test_the_worked_example_of_params_from_weights():
+    block = cj.params_from_weights.__doc__.split("what it finds:")[1].split("The same arrays")[0]
+    names = {"np": np, "cj": cj}
+    exec(textwrap.dedent(block), names)
+    np.testing.assert_allclose(names["seen"].patterns[0, 0, 2], [0.5, 0, 0.5], atol=1e-4)
+    assert names["logits"][2].argmax() == 2

@@ -227,6 +227,20 @@ def params_from_weights(weights: CircuitWeights) -> tuple[TransformerConfig, Par
 
     Raises:
         ValueError: W_P, the positions and n_context, or the shapes of the arrays, contradict each other.
+
+    Example, a head on one-hot tokens that looks for copies of the query and moves what it finds:
+
+        one = np.eye(4, dtype=np.float32)
+        head = one[None, None]  # [L,H,D,K] of one layer and one head
+        weights = cj.CircuitWeights(
+            W_E=one, W_Q=20 * head, W_K=head, W_V=head, W_O=head, W_U=one, positions="none", n_context=8
+        )
+        config, params = cj.params_from_weights(weights)
+        logits, seen = cj.forward(config, params, np.array([2, 1, 2]))
+        seen.patterns[0, 0, 2]  # [0.5, 0, 0.5]: from the last 2 to both, and logits[2] is largest for token 2
+
+    The same arrays in an .npz file are a --model of experiments/head_atlas.py. Of a model with MLPs they tell its
+    heads, not its logits.
     """
     check_positions(weights)
     if weights.W_P is not None and weights.W_P.ndim == 3:
