@@ -8,8 +8,8 @@
 Every head gets its taxonomy (where it looks x what it moves) with all evidence, singular values of its QK and OV
 circuits against the band of random circuits, their eigenvalues between tokens, the strongest pairs of tokens, the
 tokens (and positions of the text) that activate its QK directions most, its attention by offset, its partners in
-composition; with text also its attention patterns and what ablating it does to the loss; with --dictionary what it makes
-of known directions. Without a tokenizer, text or tokens all of it is from weights alone, and the page says so.
+composition; with text also its attention patterns and what ablating it does to the loss; with --dictionary what it
+makes of known directions. Without a tokenizer, text or tokens all of it is from weights alone, and the page says so.
 
 GPT-2-small shape takes {measured} on two CPU cores.
 
@@ -23,28 +23,28 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 import tyro
 from rich.console import Console
 
-from circuits_jax.circuits.weights import CircuitWeights
+from circuits_jax.circuits.weights import SHAPES, CircuitWeights
 from circuits_jax.models.planted import plant
 from circuits_jax.models.planted_recipes import recipes
 from circuits_jax.models.transformer import check_tokens
 from circuits_jax.reports import run_folder
 from circuits_jax.reports.atlas import Material, atlas
-from circuits_jax.reports.atlas_page import atlas_page, plain
+from circuits_jax.reports.atlas_page import atlas_json, atlas_page
 from circuits_jax.reports.console import print_table
 from circuits_jax.reports.run_folder import Figure
-from circuits_jax.reports.studied_model import StudiedModel, open_model
+from circuits_jax.reports.studied_model import StudiedModel, open_model, plain_name, read_npz
 from circuits_jax.training import devices
 
 SAMPLES = (
-    "The old lighthouse keeper wrote to the harbour master about the broken lamp. The harbour master read the letter "
-    "twice, then wrote to the old lighthouse keeper that a new lamp would come by boat on the first calm day of spring.",
+    "The old lighthouse keeper wrote to the harbour master about the broken lamp. The harbour master read the "
+    "letter twice, then wrote to the old lighthouse keeper that a new lamp would come by boat on the first calm day.",
     "When Anna and Peter went to the market, Peter gave a basket of apples to Anna. When Maria and Thomas went to the "
     "library, Thomas gave a book about rivers to Maria. Then Anna and Maria walked home together along the canal.",
     "def area(width, height):\n    return width * height\n\ndef volume(width, height, depth):\n    return area(width, "
@@ -100,29 +100,39 @@ class Plan:
 def prepare(settings: Settings) -> Plan:
     """Raises ValueError for settings that make no sense, and for a model that cannot be opened."""
     devices.keep_compilations()
-    if not settings.model and not settings.smoke:
-        raise ValueError("--model must name a checkpoint folder, a hub name, a run folder or an .npz file")
+    devices.return_freed_memory()
+    if bool(settings.model) == settings.smoke:
+        raise ValueError(
+            "--model must name a checkpoint folder, a hub name, a run folder or an .npz file; --smoke brings its own"
+        )
     if settings.length < SHORTEST:
         raise ValueError(f"--length must be at least {SHORTEST}; got {settings.length}")
-    if settings.weights_only and (settings.text or settings.tokens):
-        raise ValueError("--weights-only looks at no text: leave out --text and --tokens")
-    source = settings.model or str(_planted(settings.runs_dir / "head_atlas_smoke"))
+    if settings.weights_only + bool(settings.text) + (settings.tokens is not None) > 1:
+        raise ValueError("--text, --tokens and --weights-only exclude each other: give one of them")
+    name = settings.name or ("head_atlas_smoke" if settings.smoke else f"head_atlas_{plain_name(settings.model)}")
+    run_folder.check_name(name)
+    folder = settings.runs_dir / name
+    source = str(_planted(folder)) if settings.smoke else settings.model
     try:
         model = open_model(source, settings.n_context, settings.arm, settings.run, settings.steps)
     except FileNotFoundError as error:
-        raise ValueError(str(error)) from error
-    name = settings.name or ("head_atlas_smoke" if settings.smoke else f"head_atlas_{Path(source).stem}")
-    run_folder.check_name(name)
-    return Plan(settings, settings.runs_dir / name, model, _material(settings, model))
+        raise ValueError(" ".join(str(error).split())) from error
+    for size in ("n_context", "n_vocab"):
+        if getattr(model.config, size) < SHORTEST:
+            raise ValueError(
+                f"heads cannot be told apart with {size} below {SHORTEST}; that of {model.name} is "
+                f"{getattr(model.config, size)}"
+            )
+    return Plan(settings, folder, model, _material(settings, model))
 
 
 def _planted(folder: Path) -> Path:
     """A model with planted circuits as raw arrays."""
     recipe = recipes("learned")["basic"]
     weights = CircuitWeights.from_params(recipe.config, plant(recipe, jax.random.key(0)).params)
-    arrays = {field.name: getattr(weights, field.name) for field in dataclasses.fields(weights)}
+    arrays: dict[str, Any] = {name: getattr(weights, name) for name in SHAPES}
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez(folder / "planted.npz", **{name: x for name, x in arrays.items() if isinstance(x, jax.Array)})
+    np.savez(folder / "planted.npz", **{name: x for name, x in arrays.items() if x is not None})
     return folder / "planted.npz"
 
 
@@ -139,9 +149,11 @@ def _sequences(settings: Settings, model: StudiedModel) -> tuple[np.ndarray | No
     if settings.weights_only:
         return None, ""
     if settings.tokens is not None:
-        found = np.atleast_2d(_read(settings.tokens, "--tokens"))[:, :length]
-        check_tokens(config, found)
-        return found, f"tokens of {settings.tokens.name}"
+        found = np.atleast_2d(_numbers(settings.tokens))
+        check_tokens(config, found[..., :length])
+        if not len(found) or found.shape[-1] < SHORTEST:
+            raise ValueError(f"--tokens must hold sequences of at least {SHORTEST}; got {list(found.shape)}")
+        return found[:, :length], f"the first {min(length, found.shape[-1])} tokens of each in {settings.tokens.name}"
     if model.tokenizer is not None:
         encoded = [model.tokenizer.encode(text).ids for text in settings.text or SAMPLES]
         starts = [] if model.bos is None else [model.bos]
@@ -177,21 +189,24 @@ def _token_names(model: StudiedModel) -> list[str]:
 def _dictionary(settings: Settings, model: StudiedModel) -> tuple[list[str], np.ndarray | None]:
     if settings.dictionary is None:
         return [], None
-    found = _read(settings.dictionary, "--dictionary")
-    if not isinstance(found, np.lib.npyio.NpzFile) or not {"directions", "names"} <= set(found.files):
-        raise ValueError("--dictionary must be an .npz file with the arrays directions and names")
-    directions, names = found["directions"], [str(name) for name in found["names"]]
+    found = read_npz(settings.dictionary)
+    if not {"directions", "names"} <= found.keys():
+        raise ValueError(f"--dictionary must hold the arrays directions and names; got {', '.join(found) or 'none'}")
+    directions, names = found["directions"], [str(name) for name in np.atleast_1d(found["names"])]
     wanted = (len(names), model.config.d_model)
-    if directions.shape != wanted or not np.isfinite(directions).all():
-        raise ValueError(f"--dictionary must hold finite directions {list(wanted)}; got {list(directions.shape)}")
+    if directions.shape != wanted or not names:
+        raise ValueError(f"--dictionary must hold directions {list(wanted)}, one a name; got {list(directions.shape)}")
+    if not np.issubdtype(directions.dtype, np.floating) or not np.isfinite(directions).all():
+        raise ValueError(f"--dictionary must hold finite directions; got {directions.dtype} with NaN or infinity")
     return names, directions
 
 
-def _read(path: Path, option: str) -> np.ndarray:
+def _numbers(path: Path) -> np.ndarray:
     try:
-        return np.load(path)
+        with path.open("rb") as file:
+            return np.lib.format.read_array(file)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{option} must be a file of NumPy; {path}: {error}") from error
+        raise ValueError(f"--tokens must be an .npy file; {path} is none: {error}") from error
 
 
 def main(plan: Plan) -> None:
@@ -207,7 +222,7 @@ def main(plan: Plan) -> None:
         found = atlas(plan.model, plan.material, jax.random.key(settings.seed), status.update)
         status.update("page")
         run_folder.write_text(plan.folder / "report.html", atlas_page(found))
-        run_folder.write_text(plan.folder / "atlas.json", plain(found))
+        run_folder.write_text(plan.folder / "atlas.json", atlas_json(found))
     heads = found["states"][-1]["heads"]
     figures, rows = {}, []
     for side in ("qk", "ov"):

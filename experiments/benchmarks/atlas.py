@@ -27,9 +27,10 @@ from rich.console import Console
 from circuits_jax.models.config import TransformerConfig
 from circuits_jax.models.transformer import init_params
 from circuits_jax.reports import run_folder
-from circuits_jax.reports.atlas import Material, examine
 from circuits_jax.reports.console import print_table
+from circuits_jax.reports.head_evidence import examine
 from circuits_jax.reports.run_folder import Figure, figure_table
+from circuits_jax.training import devices
 
 GPT2 = TransformerConfig(
     n_vocab=50257, n_context=1024, n_layers=12, n_heads=12, d_model=768, d_mlp=3072, norm="layer", bias=True, tied=True
@@ -49,9 +50,12 @@ class Settings:
 def main(settings: Settings) -> None:
     """Times the parts, prints the table and writes summary.json."""
     console = Console()
-    small = {"n_vocab": 64, "n_context": 16, "n_layers": 2, "n_heads": 2, "d_model": 32, "d_mlp": 64, "d_head": 16}
-    config = dataclasses.replace(GPT2, **small) if settings.smoke else GPT2
-    material = Material([str(token) for token in range(config.n_vocab)])
+    devices.return_freed_memory()
+    config = GPT2
+    if settings.smoke:
+        config = dataclasses.replace(
+            GPT2, n_vocab=64, n_context=16, n_layers=2, n_heads=2, d_model=32, d_mlp=64, d_head=16
+        )
     random_params = jax.jit(lambda key: init_params(config, key))
     size = 4 * sum(x.size for x in jax.tree.leaves(jax.eval_shape(random_params, jax.random.key(0))))
     parts: list[tuple[str, float]] = []
@@ -60,7 +64,8 @@ def main(settings: Settings) -> None:
         parts.clear()
         begin = time.perf_counter()
         # As in the atlas, nobody else keeps the parameters.
-        examine(config, held.pop(), material, None, jax.random.key(1), lambda part: parts.append((part, time.perf_counter())))
+        began = lambda part: parts.append((part, time.perf_counter()))  # noqa: E731
+        examine(config, held.pop(), jax.random.key(1), on_part=began)
         seconds = time.perf_counter() - begin
         console.print(f"{run}: {seconds:.1f} s")
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -72,7 +77,9 @@ def main(settings: Settings) -> None:
     aims = not settings.smoke
     found = {
         "seconds": Figure("seconds after compilation", seconds, aim=("<=", 60.0) if aims else None),
-        "memory": Figure("peak memory of the process over the parameters", peak / size, aim=("<=", 3.0) if aims else None),
+        "memory": Figure(
+            "peak memory of the process over the parameters", peak / size, aim=("<=", 3.0) if aims else None
+        ),
     }
     print_table(console, f"Head atlas of {config.n_layers} x {config.n_heads} heads", *figure_table(found))
     folder = settings.runs_dir / ("benchmark_atlas" + "_smoke" * settings.smoke)
