@@ -35,9 +35,10 @@ from circuits_jax.models.planted import plant
 from circuits_jax.models.planted_recipes import recipes
 from circuits_jax.models.transformer import check_tokens
 from circuits_jax.reports import run_folder
-from circuits_jax.reports.atlas import Material, atlas
+from circuits_jax.reports.atlas import atlas
 from circuits_jax.reports.atlas_page import atlas_json, atlas_page
 from circuits_jax.reports.console import print_table
+from circuits_jax.reports.material import Material
 from circuits_jax.reports.run_folder import Figure
 from circuits_jax.reports.studied_model import StudiedModel, open_model, plain_name, read_npz
 from circuits_jax.training import devices
@@ -51,6 +52,7 @@ SAMPLES = (
     "height) * depth\n\nprint(area(3, 4))\nprint(volume(3, 4, 5))\n",
 )
 SHORTEST = 8
+N_REPEATS = 4  # sequences, where there is no text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,23 +139,31 @@ def _planted(folder: Path) -> Path:
 
 
 def _material(settings: Settings, model: StudiedModel) -> Material:
-    tokens, about = _sequences(settings, model)
+    tokens, about, first = _sequences(settings, model)
     entries, dictionary = _dictionary(settings, model)
     between = " " if model.tokenizer is None else ""
-    return Material(_token_names(model), tokens, about, between, entries, dictionary)
+    predicted = None
+    if tokens is not None:
+        place = np.arange(tokens.shape[1])
+        predicted = np.broadcast_to((place >= first) & (place < len(place) - 1), tokens.shape)
+    return Material(_token_names(model), tokens, predicted, about, between, entries, dictionary)
 
 
-def _sequences(settings: Settings, model: StudiedModel) -> tuple[np.ndarray | None, str]:
-    """Tokens [B,T] and what they are; None where all is from weights."""
+def _sequences(settings: Settings, model: StudiedModel) -> tuple[np.ndarray | None, str, int]:
+    """Tokens [B,T], None where all is from weights; what they are; from where on the next token can be predicted."""
     config, length = model.config, min(settings.length, model.config.n_context)
     if settings.weights_only:
-        return None, ""
+        return None, "", 0
     if settings.tokens is not None:
         found = np.atleast_2d(_numbers(settings.tokens))
         check_tokens(config, found[..., :length])
         if not len(found) or found.shape[-1] < SHORTEST:
             raise ValueError(f"--tokens must hold sequences of at least {SHORTEST}; got {list(found.shape)}")
-        return found[:, :length], f"the first {min(length, found.shape[-1])} tokens of each in {settings.tokens.name}"
+        return (
+            found[:, :length],
+            f"the first {min(length, found.shape[-1])} tokens of each in {settings.tokens.name}",
+            0,
+        )
     if model.tokenizer is not None:
         encoded = [model.tokenizer.encode(text).ids for text in settings.text or SAMPLES]
         starts = [] if model.bos is None else [model.bos]
@@ -163,13 +173,16 @@ def _sequences(settings: Settings, model: StudiedModel) -> tuple[np.ndarray | No
             raise ValueError(f"--text must hold at least {SHORTEST} tokens each; got {min(map(len, rows))}")
         found = np.asarray([row[:shortest] for row in rows], np.int32)
         check_tokens(config, found)
-        return found, f"{len(found)} texts, the first {shortest} tokens of each"
+        return found, f"{len(found)} texts, the first {shortest} tokens of each", 0
     if settings.text:
         raise ValueError(f"--text needs a tokenizer, and {model.name} has none; give --tokens")
     if model.kind == "pretrained" or length < SHORTEST:
-        return None, ""
-    half = np.random.default_rng(settings.seed).integers(config.n_vocab, size=(2, length // 2), dtype=np.int32)
-    return np.concatenate([half, half], axis=1), f"random tokens, repeated after {length // 2}"
+        return None, "", 0
+    rng, period = np.random.default_rng(settings.seed), length // 2
+    distinct = config.n_vocab >= period
+    half = np.stack([rng.choice(config.n_vocab, period, replace=not distinct) for _ in range(N_REPEATS)])
+    about = f"random tokens, repeated after {period}; effects are on the second half"
+    return np.concatenate([half, half], axis=1).astype(np.int32), about, period
 
 
 def _token_names(model: StudiedModel) -> list[str]:

@@ -12,6 +12,23 @@ from circuits_jax.reports.atlas_page import atlas_page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 HOSTILE = "</script><b>"
+LONG = "antidisestablishmentarianism"
+EDGE = ("sender", "receiver", "path", "score", "z")
+SECTIONS = (
+    "labels",
+    "evidence",
+    "attention",
+    "spectra",
+    "kernel",
+    "pairs",
+    "directions",
+    "places",
+    "contexts",
+    "probes",
+    "partners",
+    "effects",
+    "graph",
+)
 WORDS = (
     " the",
     " of",
@@ -29,6 +46,7 @@ WORDS = (
     " <i>&amp;",
     "é",
     "",
+    LONG,
 )
 
 
@@ -47,6 +65,7 @@ def made_atlas(n_layers, n_heads, n_states, length=48, rank=64):
         "n_heads": n_heads,
         "types": {"qk": list(QK_TYPES), "ov": list(OV_TYPES)},
         "samples": samples,
+        "captions": {name: f"About {name}." for name in SECTIONS},
         "states": [made_state(rng, n_layers, n_heads, name, lengths, rank) for name in names],
     }
 
@@ -63,7 +82,7 @@ def made_state(rng, n_layers, n_heads, name, lengths, rank):
     sender, receiver = ends[:, ends[0] // n_heads < ends[1] // n_heads]
     z = np.sort(rng.exponential(8.0, len(sender)))[::-1]
     path = rng.integers(3, size=len(z))
-    edges = {"sender": sender, "receiver": receiver, "path": path, "score": z / 300, "z": z}
+    edges = {"sender": sender, "receiver": receiver, "path": path, "score": z / 300, "z": z, "total": 28512}
     heads = [made_head(rng, index, edges, lengths, rank) for index in range(count)]
     return {"name": name, "maps": maps, "heads": heads, "edges": edges}
 
@@ -74,13 +93,12 @@ def made_head(rng, index, edges, lengths, rank):
         "ov": made_labels(rng, OV_TYPES),
         "evidence": made_evidence(rng),
         "spectra": {side: made_spectrum(rng, rank) for side in ("qk", "ov")},
-        "pairs": {side: [(*random_words(rng, 2), 9.0 - i) for i in range(10)] for side in ("qk", "ov")},
-        "kernel": {"about": "Mean attention by offset.", "offset": np.arange(24), "value": rng.random(24)},
+        "pairs": {side: [("any query", *random_words(rng, 1), x) for x in (9, 8, 7, -6, -5)] for side in ("qk", "ov")},
+        "kernel": {"offset": np.arange(-8, 16), "value": rng.random(24), "chance": np.linspace(0.5, 0.1, 24)},
         "directions": [made_direction(rng, 3 if i == 2 else 1, 9.0 - i) for i in range(6)],
-        "contexts": [made_direction(rng, 1, 2.0, " the quick\nbrown fox [{}]")],
-        "probes": [
-            {"name": "months", "gain": 2.3, "own": 0.81, "nearest": [("days", 0.3)], "tokens": ranked(rng, 6, "{}")}
-        ],
+        "places": [made_direction(rng, 1, 1.5, "position 7")],
+        "contexts": [in_context(made_direction(rng, 1, 2.0))],
+        "probes": [{"name": "months", "gain": 2.3, "own": 0.81, "nearest": [("days", 0.3)], "tokens": ranked(rng, 6)}],
         "partners": made_partners(index, edges),
         "effects": [("ablation", 0.12), ("direct effect", -0.03)],
         "patterns": made_patterns(rng, lengths),
@@ -113,6 +131,7 @@ def made_evidence(rng):
         for name, side in types
     ]
     evidence[-1]["weights"]["z"] = np.inf
+    evidence[0]["weights"]["p"], evidence[1]["activations"]["p"], evidence[2]["weights"]["p"] = 0.0, 1e-300, 1e-30
     evidence[-1]["activations"] = evidence[-1]["own"] = None
     return evidence
 
@@ -121,7 +140,7 @@ def random_words(rng, count):
     return [WORDS[i] for i in rng.integers(len(WORDS), size=count)]
 
 
-def ranked(rng, count, form):
+def ranked(rng, count, form="{}"):
     values = np.sort(rng.normal(size=count))[::-1]
     return [(form.format(word), value) for word, value in zip(random_words(rng, count), values, strict=True)]
 
@@ -134,9 +153,19 @@ def made_direction(rng, size, sigma, form="{}"):
     return {"sigma": sigma, "size": size, "query": side(), "key": side()}
 
 
+def in_context(direction):
+    """The first token holds a bracket, as the text before it does."""
+    for side in ("query", "key"):
+        for end in ("top", "bottom"):
+            words = ["[a[0]", *(word for word, _ in direction[side][end][1:])]
+            values = [value for _, value in direction[side][end]]
+            direction[side][end] = [(" the [quick\nfox", *pair) for pair in zip(words, values, strict=True)]
+    return direction
+
+
 def made_partners(index, edges):
     partners = {"sends": [], "receives": []}
-    for sender, receiver, path, score, z in zip(*(edges[name][:400] for name in edges), strict=True):
+    for sender, receiver, path, score, z in zip(*(edges[name][:400] for name in EDGE), strict=True):
         if sender == index:
             partners["sends"].append((receiver, "qkv"[path], score, z))
         if receiver == index:
@@ -246,8 +275,13 @@ def browser():
 
 @pytest.fixture(scope="module")
 def atlases():
-    """12 x 12 heads, a run of 5 states, and weights alone."""
-    return {"large": made_atlas(12, 12, 1), "steps": made_atlas(2, 4, 5, rank=16), "bare": bare(made_atlas(2, 3, 1))}
+    """12 x 12 heads, a run of 5 states, one of 2 with weak edges, and weights alone."""
+    return {
+        "large": made_atlas(12, 12, 1),
+        "steps": made_atlas(2, 4, 5, rank=16),
+        "weak": weak(made_atlas(2, 4, 2, rank=4)),
+        "bare": bare(made_atlas(2, 3, 1, rank=4)),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -269,9 +303,19 @@ def bare(atlas):
         "patterns": np.zeros((0, 0, 0), np.uint8),
     }
     state = atlas["states"][0]
-    nothing = {name: values[:0] for name, values in state["edges"].items()}
-    heads = [head | empty for head in state["heads"]]
-    return atlas | {"samples": [], "states": [state | {"heads": heads, "edges": nothing, "maps": []}]}
+    nothing = {name: state["edges"][name][:0] for name in EDGE} | {"total": 0}
+    heads = [{key: value for key, value in (head | empty).items() if key != "places"} for head in state["heads"]]
+    whole = {key: value for key, value in atlas.items() if key != "captions"}
+    return whole | {"samples": [], "states": [state | {"heads": heads, "edges": nothing, "maps": []}]}
+
+
+def weak(atlas):
+    """Few edges, none of them sure; maps that differ in size from step to step."""
+    for number, state in enumerate(atlas["states"], start=1):
+        state["edges"] = {name: state["edges"][name][:48] for name in EDGE} | {"total": 48, "z": np.full(48, 1.9)}
+        state["maps"][1]["values"] = number * np.linspace(0.0, 1.0, 8).reshape(2, 4)
+    atlas["states"][1]["edges"]["z"][:5] = 2.1
+    return atlas
 
 
 @pytest.fixture
@@ -338,6 +382,10 @@ def test_the_panel_shows_the_head(opened, atlases):
     assert chips == [label["name"].replace("_", " ") for side in ("qk", "ov") for label in head[side]]
     assert page.locator("#panel .evidence tbody tr").count() == len(head["evidence"])
     assert page.locator("#panel svg").count() == 5
+    captions = page.locator("#panel section > h3 + p.quiet").all_inner_texts()
+    assert sorted([*captions, page.locator("#graph-caption").inner_text()]) == sorted(
+        f"About {name}." for name in SECTIONS
+    )
     assert page.get_by_text("subspace of 3 tied directions, 3 to 5").count() == 1
     sends = [f"{index // 12}.{index % 12}" for index, *_ in head["partners"]["receives"] + head["partners"]["sends"]]
     assert page.locator("#panel .link").all_inner_texts() == sends
@@ -451,3 +499,157 @@ def test_weights_alone(opened):
     assert page.locator("#panel h3").all_inner_texts() == ["Labels", "Evidence", "Spectra"]
     assert page.locator("#composition").is_hidden()
     assert page.locator("#steps").is_hidden()
+
+
+def section(page, title):
+    return page.locator("#panel section", has=page.locator("h3", has_text=re.compile(f"^{title}$")))
+
+
+def test_lowest_pairs_stand_apart(opened):
+    rows = section(opened("steps"), "Token pairs").locator("table").first.locator("tbody tr")
+    assert [index for index, row in enumerate(rows.all()) if "divided" in (row.get_attribute("class") or "")] == [3]
+    assert rows.first.locator("td").first.inner_text() == "any query"  # and no "␣", since it is no token
+    assert rows.first.locator(".token").count() == 1
+
+
+def test_charts_have_their_values_as_tables(opened, atlases):
+    page = opened("steps", "#head=0.1")
+    head = atlases["steps"]["states"][-1]["heads"][1]
+    page.locator("#panel .charted summary").evaluate_all("all => all.forEach((one) => one.click())")
+    tables = page.locator("#panel .charted table")
+    assert tables.count() == 5
+    counts = [tables.nth(i).locator("tbody tr").count() for i in range(5)]
+    assert counts == [16, 16, 16, 16, 24]
+    spectrum = head["spectra"]["qk"]
+    values = [float(text) for text in tables.first.locator("tbody tr").nth(2).locator("td").all_inner_texts()]
+    expected = [3, *(spectrum[name][2] for name in ("sigma", "low", "high"))]
+    np.testing.assert_allclose(values, expected, atol=0.06)
+    last = tables.nth(4).locator("tbody tr")
+    assert last.first.locator("td").all_inner_texts() == ["−8", f"{head['kernel']['value'][0]:.3f}", "0.500"]
+
+
+def test_attention_by_offset_shows_chance(opened):
+    kernel = section(opened("steps"), "Offsets")
+    dashed = kernel.locator("polyline.chance").get_attribute("points").split()
+    heights = [float(point.split(",")[1]) for point in dashed]
+    assert len(heights) == 24
+    assert np.all(np.diff(heights) > 0)  # downwards, as chance falls
+    kernel.locator("rect.hit").first.hover()
+    assert re.fullmatch(r"8 ahead: .+\nuniform 0\.5", kernel.page.locator("#tip").inner_text())
+
+
+def test_values_stand_beside_tokens_and_contexts(opened, atlases):
+    page = opened("steps", "#head=0.1")
+    head = atlases["steps"]["states"][-1]["heads"][1]
+    for title, key in (("Directions", "directions"), ("Positions", "places"), ("Contexts", "contexts")):
+        shown = section(page, title).locator("td").nth(1).locator(".item .quiet").all_inner_texts()
+        top = [entry[-1] for entry in head[key][0]["query"]["top"]]
+        np.testing.assert_allclose([float(text.replace("−", "-")) for text in shown], top, rtol=0.006)
+    first = section(page, "Contexts").locator(".context").first
+    assert first.inner_text() == "␣the [quick↵fox[a[0]"
+    assert first.locator("b").inner_text() == "[a[0]"
+    assert section(page, "Positions").locator(".token").first.inner_text() == "position 7"
+
+
+def test_long_tokens_are_cut(opened):
+    page = opened("steps")
+    cut = page.locator("#panel .text .token", has_text="antidis").first
+    assert cut.inner_text() == LONG[:24] + "…"
+    cut.hover()
+    assert page.locator("#tip").inner_text() == LONG
+
+
+def test_the_smallest_p(opened):
+    rows = section(opened("steps", "#head=0.1"), "Evidence").locator("tbody tr")
+    shown = [rows.nth(i).locator("td").nth(column).inner_text() for i, column in ((0, 3), (1, 7), (2, 3))]
+    assert shown == ["<1e-38", "<1e-38", "1.0e−30"]
+
+
+def test_edges_that_are_not_sure_are_left_out(opened):
+    page = opened("weak", "#step=0")
+    name = page.locator("#threshold-name")
+    assert page.locator("#graph .edge").count() == 0
+    assert name.inner_text() == page.locator("#threshold").get_attribute("aria-valuetext") == "z ≥ 2: none of 48 edges"
+    page = opened("weak", "#step=1")
+    assert page.locator("#graph .edge").count() == 5
+    assert page.locator("#threshold-name").inner_text() == "z ≥ 2: 5 of 48 edges"
+    said = opened("large").locator("#threshold-name").inner_text()
+    assert re.fullmatch(r"z ≥ \S+: 150 of the strongest 1\d\d\d of 28,512 edges", said)
+
+
+def test_map_colours_are_the_same_at_every_step(opened):
+    page = opened("weak", "#step=0")
+    page.locator("#colour").select_option(label="copying score")
+    part = page.locator("#grid .head").last.locator(".part")
+    shares = []
+    for _ in range(2):
+        assert re.sub(r"\s+", "", page.locator("#scale").inner_text()).startswith("02")
+        shares.append(re.search(r"(\d+)%", part.get_attribute("style"))[1])
+        page.locator("#step").press("ArrowRight")
+    assert shares == ["50", "100"]
+
+
+def test_steps_are_named_and_folds_stay(opened):
+    page = opened("steps", "#head=1.2&step=2")
+    assert page.locator("#step").get_attribute("aria-valuetext") == "step 200"
+    folds = page.locator("#panel .direction")
+    before = folds.evaluate_all("all => all.map((one) => one.open)")
+    assert before[0]
+    assert not before[4]
+    for place in (0, 4):
+        folds.nth(place).locator("summary").click()
+    page.locator("#step").press("ArrowRight")
+    assert page.locator("#step").get_attribute("aria-valuetext") == "step 300"
+    after = folds.evaluate_all("all => all.map((one) => one.open)")
+    assert after == [not before[0], *before[1:4], not before[4], *before[5:]]
+
+
+def test_a_head_is_jumped_to_by_name(opened):
+    page = opened("steps", "#head=0.0&step=2")
+    page.locator("#jump").fill(" 1.3 ")
+    page.locator("#jump").press("Enter")
+    assert heading(page) == "Head 1.3 step 200"
+    page.locator("#jump").fill("2.0")
+    page.locator("#jump").press("Enter")
+    assert heading(page) == "Head 1.3 step 200"
+    message = page.locator("#jump-said")
+    assert message.inner_text() == "No head “2.0”: layers 0 to 1, heads 0 to 3, written as 0.0"
+    page.locator("#grid button").first.click()
+    assert message.inner_text() == ""
+
+
+RGB = """one => {
+    const [canvas, style] = [document.createElement("canvas"), getComputedStyle(one)];
+    const paint = canvas.getContext("2d", { willReadFrequently: true });
+    const ground = (at) => {
+        const colour = getComputedStyle(at).backgroundColor;
+        return colour === "rgba(0, 0, 0, 0)" ? ground(at.parentElement) : colour;
+    };
+    return [style.color, ground(one)].map((colour) => {
+        paint.fillStyle = colour;
+        paint.fillRect(0, 0, 1, 1);
+        return [...paint.getImageData(0, 0, 1, 1).data].slice(0, 3);
+    }).concat(style.opacity);
+}"""
+
+
+def contrast(element):
+    """Of text to what it stands on (WCAG 2.2, relative luminance)."""
+    *colours, opacity = element.evaluate(RGB)
+    assert float(opacity) == 1
+    codes = ["#" + "".join(f"{value:02x}" for value in colour) for colour in colours]
+    low, high = sorted(linear_rgb(code) @ [0.2126, 0.7152, 0.0722] + 0.05 for code in codes)
+    return high / low
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read(opened, scheme):
+    page = opened("steps", color_scheme=scheme)
+    entries = page.locator("#legend .none")
+    assert entries.count() > 0
+    assert contrast(entries.first) >= 4.5
+    assert contrast(entries.first.locator(".quiet")) >= 4.5
+    words = page.locator("#panel .text .token", has_text="the")
+    words.first.evaluate("one => one.style.setProperty('--weight', '100%')")
+    assert contrast(words.first) >= 4.5
+    assert contrast(words.first.locator("i")) >= 4.5

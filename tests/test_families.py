@@ -105,8 +105,10 @@ def test_n_context_cuts_the_context():
     assert read("gpt2", n_context=5).config.n_context == 5
     assert read("gpt2", n_context=5).n_positions == 32
     assert read("roberta", n_context=30).config.n_context == 30
+    assert read("gpt2", n_context=np.int64(5)) == read("gpt2", n_context=5)
+    assert type(read("gpt2", n_context=np.int32(5)).config.n_context) is int
     for wrong in (0, 33, 2.5, True):
-        with pytest.raises(ValueError, match=r"n_context must be an integer from 1 to the checkpoint's 32; got"):
+        with pytest.raises(ValueError, match=r"^n_context must be an integer from 1 to the checkpoint's 32; got"):
             read("gpt2", n_context=wrong)
 
 
@@ -116,6 +118,9 @@ def test_what_changes_nothing_is_allowed():
     assert read("llama", pretraining_tp=2, layer_types=["full_attention"] * 2, quantization_config=None) == read(
         "llama"
     )
+    assert read("llama", sliding_window=8) == read("llama", is_causal=True) == read("llama")  # a window it never reads
+    for changes in ({"hidden_act": "gelu"}, {"hidden_activation": None}, {"hidden_activation": "gelu_new"}):
+        assert read("gemma", **changes) == read("gemma")
     unused = {"use_sliding_window": False, "sliding_window": 4, "max_window_layers": 0}
     assert read("qwen2", **unused) == read("qwen2")
     windowed = {"use_sliding_window": True, "sliding_window": 4}
@@ -145,13 +150,25 @@ def test_score_scales_of_gpt2_are_folded_into_queries():
     [
         ("llama", {"model_type": "mamba"}, "model_type must be one of gpt2, gpt_neox, .*; got 'mamba'"),
         ("llama", {"model_type": None}, "model_type must be one of .*; got None"),
+        ("llama", {"model_type": ["llama"]}, r"model_type must be one of .*; got \['llama'\]"),
+        ("llama", {"model_type": {}}, "model_type must be one of .*; got {}"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
         ("llama", {"num_local_experts": 8}, "num_local_experts is not supported; got 8"),
         ("qwen3", {"num_experts": 8}, "num_experts is not supported; got 8"),
         ("gemma", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is not supported; got 30.0"),
         ("gemma", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is not supported; got 50.0"),
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
-        ("gemma", {"hidden_activation": "silu"}, "hidden_act and hidden_activation must agree; got gelu_p"),
+        ("gemma", {"hidden_activation": "silu"}, "hidden_activation must be null, or gelu_pytorch.*; got 'silu"),
+        ("gemma", {"hidden_activation": "gelu"}, "hidden_activation must be null.*; got 'gelu' and 'gelu_pytorch_tanh"),
+        ("gemma", {"hidden_activation": ["gelu"]}, r"hidden_activation must be null.*; got \['gelu'\]"),
+        ("gemma", {"hidden_activation": {}}, "hidden_activation must be null.*; got {}"),
+        ("gemma", {"hidden_activation": 0}, "hidden_activation must be null.*; got 0"),
+        ("gemma", {"hidden_activation": "gelu_new", "hidden_act": "relu"}, "says the same; got 'gelu_new' and 'relu'"),
+        ("llama", {"auto_map": {"AutoModel": "own.Model"}}, "auto_map is not supported; got {'AutoModel'"),
+        ("llama", {"is_causal": False}, "is_causal of llama must be true; got False"),
+        ("gpt2", {"is_causal": 0}, "is_causal of gpt2 must be true; got 0"),
+        ("mistral", {"is_causal": None}, "is_causal of mistral must be true; got None"),
+        ("qwen3", {"is_causal": []}, r"is_causal of qwen3 must be true; got \[\]"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention is not supported"),
         ("gpt2", {"activation_function": "tanh"}, "activation_function must be one of gelu, .*; got 'tanh'"),
         ("gpt2", {"pruned_heads": {"0": [1]}}, "pruned_heads is not supported"),
@@ -161,7 +178,15 @@ def test_score_scales_of_gpt2_are_folded_into_queries():
         ("roberta", {"hidden_act": "relu"}, "hidden_act of roberta must be gelu; got 'relu'"),
         ("mistral", {"sliding_window": 8}, "sliding_window 8 is shorter than the context of 32 .*n_context=8 or less"),
         ("mistral", {"max_position_embeddings": 8192}, "sliding_window 4096 is shorter than the context of 8192"),
-        ("llama", {"sliding_window": 8}, "sliding_window 8 is shorter"),
+        ("mistral", {"sliding_window": "x"}, "sliding_window must be a positive integer or null; got 'x'"),
+        ("mistral", {"sliding_window": []}, r"sliding_window must be a positive integer or null; got \[\]"),
+        ("qwen2", {"sliding_window": {}}, "sliding_window must be a positive integer or null; got {}"),
+        ("qwen2", {"sliding_window": True}, "sliding_window must be a positive integer or null; got True"),
+        ("mistral", {"sliding_window": 0}, "sliding_window must be a positive integer or null; got 0"),
+        ("llama", {"layer_types": 3}, "layer_types must be a list of strings or null; got 3"),
+        ("qwen3", {"layer_types": True}, "layer_types must be a list of strings or null; got True"),
+        ("qwen3", {"layer_types": math.nan}, "layer_types must be a list of strings or null; got nan"),
+        ("mistral", {"layer_types": [1]}, r"layer_types must be a list of strings or null; got \[1\]"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding_window 8 is"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types .*sliding_attention are not"),
         ("llama", {"layer_types": ["linear_attention"] * 2}, "layer_types linear_attention are not supported"),
@@ -173,6 +198,10 @@ def test_score_scales_of_gpt2_are_folded_into_queries():
         ("llama", {"num_attention_heads": 0}, "num_attention_heads must be a positive integer; got 0"),
         ("llama", {"tie_word_embeddings": "yes"}, "tie_word_embeddings must be a bool; got 'yes'"),
         ("llama", {"rms_norm_eps": "small"}, "rms_norm_eps must be a float; got 'small'"),
+        ("gpt2", {"n_head": 3}, r"config\.json: d_model must be a multiple of n_heads"),
+        ("llama", {"num_key_value_heads": 3}, r"config\.json: n_kv_heads must divide n_heads"),
+        ("bert", {"layer_norm_eps": 0}, r"config\.json: norm_epsilon must be a positive finite number; got 0"),
+        ("llama", {"rope_theta": 1}, "rope_theta must be above 1; got 1"),
         ("llama", {"rope_theta": -1}, "rope_theta of rope_type 'default' must be a positive number; got -1"),
         ("llama", {"rope_scaling": {"type": "mrope"}}, "rope_type must be one of default, linear, .*; got 'mrope'"),
         ("llama", {"rope_scaling": {"factor": 2.0}}, "rope_scaling must name its rope_type"),
@@ -182,8 +211,9 @@ def test_score_scales_of_gpt2_are_folded_into_queries():
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_refused_by_name(family, changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         read(family, **changes)
+    assert str(error.value).count("config.json: ") == 1
 
 
 def test_a_context_within_the_sliding_window_is_full_attention():
@@ -304,8 +334,19 @@ def test_frequencies_that_change_with_the_length_are_refused_beyond_the_original
         ({"type": "linear", "factor": "2"}, "factor of rope_type 'linear' must be a positive number; got '2'"),
         (
             {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": True},
-            "must be a positive number; got True",
+            "original_max_position_embeddings must be an integer above 1; got True",
         ),
+        (
+            {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0.5},
+            "original_max_position_embeddings must be an integer above 1; got 0.5",
+        ),
+        (
+            {"type": "longrope", "factor": 2.0, "short_factor": [1.0] * 4, "original_max_position_embeddings": 1},
+            "original_max_position_embeddings must be an integer above 1; got 1",
+        ),
+        ({"type": "yarn", "factor": 2.0, "rope_theta": 1, **ORIGINAL}, "rope_theta must be above 1; got 1"),
+        ({"type": "llama3", **LLAMA3, "low_freq_factor": 4.0}, "low_freq_factor must be below .*; got 4.0 and 4.0"),
+        ({"type": "llama3", **LLAMA3, "low_freq_factor": 5.0}, "low_freq_factor must be below .*; got 5.0 and 4.0"),
     ],
 )
 def test_a_missing_or_wrong_number_is_named(settings, message):

@@ -86,7 +86,7 @@ def test_smoke_finds_what_was_planted(tmp_path):
     assert summary["qk_previous_token"]["value"] == 2 / 16
     assert summary["qk_undetermined"]["value"] == summary["ov_undetermined"]["value"] == 0
     atlas = json.loads((folder / "atlas.json").read_text())
-    assert dict(atlas["facts"])["shown"] == "random tokens, repeated after 12"
+    assert dict(atlas["facts"])["shown"] == "random tokens, repeated after 12; effects are on the second half"
     assert all(sample[:12] == sample[12:] for sample in atlas["samples"])
     assert "QK previous token" in done.stdout
     assert f"page: {folder / 'report.html'}" in done.stdout
@@ -105,7 +105,7 @@ def test_a_checkpoint_is_looked_at_on_text_and_the_same_command_works_again(run,
         assert head["effects"]
         assert head["contexts"]
         for side in ("qk", "ov"):
-            assert all({one, other} <= set(WORDS) for one, other, _ in head["pairs"][side])
+            assert all({one, other} <= {*WORDS, "any query"} for one, other, _ in head["pairs"][side])
     settings = json.loads((folder / "config.json").read_text())["settings"]
     assert settings["text"] == arguments[3:]
     again, same = run(*arguments)

@@ -352,7 +352,7 @@ TABLE = {
         (CIRCUIT, ROWS, KEY),
     ),
     "probe_ov": (lambda weights, rows: cj.probe_ov(weights, rows, k=3), (WEIGHTS, ROWS)),
-    "TokenCircuit.likely_top_k": (lambda circuit: circuit.likely_top_k(5, 4), (TOKEN_CIRCUIT,)),
+    "TokenCircuit.likely_extremes": (lambda circuit: circuit.likely_extremes(5, 4), (TOKEN_CIRCUIT,)),
     "segment_inputs": (lambda w_s: cj.segment_inputs({"W_S": w_s}, np.array([0, 1])), (array(2, 8),)),
     "attention.visible_offsets": (lambda: attention.visible_offsets(T, causal=False), ()),
     "ideal_inputs.added_to": (ideal_inputs.added_to, (WEIGHTS, PLACE_ROWS)),

@@ -122,9 +122,10 @@ def test_dtypes(case, dtype):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(dtype), strict=True), params, exact)
 
 
-def test_dtypes_of_other_kinds_are_refused():
-    with pytest.raises(ValueError, match="dtype must be float32, float16 or bfloat16; got int8"):
-        load_pretrained(FIXTURES / "gpt2", dtype=jnp.int8)
+@pytest.mark.parametrize("dtype", ["int8", "float64", "x", 5, None])
+def test_dtypes_of_other_kinds_are_refused(dtype):
+    with pytest.raises(ValueError, match=f"dtype must be float32, float16 or bfloat16; got {dtype!r}"):
+        load_pretrained(FIXTURES / "gpt2", dtype=dtype)
 
 
 # --- names
@@ -187,6 +188,12 @@ def test_a_missing_weight_is_named(checkpoint):
         load_pretrained(checkpoint("gpt2", {"transformer.h.1.mlp.c_proj.bias": None}))
     with pytest.raises(ValueError, match=r"cls\.predictions\.transform\.dense\.weight .* with its head"):
         load_pretrained(checkpoint("bert", {"cls.predictions.transform.dense.weight": None}))
+
+
+def test_what_is_missing_is_said_before_a_model_of_that_many_layers_is_traced(checkpoint, monkeypatch):
+    monkeypatch.setattr(pretrained, "init_params", lambda *_: pytest.fail("traced"))
+    with pytest.raises(ValueError, match=r"the weight transformer\.h\.2\.ln_1\.weight .* is missing"):
+        load_pretrained(checkpoint("gpt2", n_layer=1000))
 
 
 def test_a_wrong_shape_is_named_with_what_was_expected(checkpoint):

@@ -1,6 +1,7 @@
 """Circuits between tokens against the dense V x V matrices in float64; planted heads; memory that knows no V x V."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -235,7 +236,11 @@ def test_share_of_tokens_among_the_first():
 
 # Likely pairs ---------------------------------------------------------------------------------------------------------
 
-likely = jax.jit(TokenCircuit.likely_top_k, static_argnums=(1, 2))
+
+@partial(jax.jit, static_argnums=(1, 2))
+def likely(circuit, k, n):
+    highest, _, bound = circuit.likely_extremes(k, n)
+    return highest, bound
 
 
 def pairs(entries):
@@ -323,6 +328,16 @@ def test_planted_pairs_are_found_whatever_the_basis_of_the_head():
         assert bound < found.values[-1]
 
 
+def test_the_lowest_pairs_are_the_highest_of_the_negative():
+    circuit = heavy_tailed(60, 1, 0.5)
+    negative = TokenCircuit(circuit.embed, LowRank(-circuit.inner.left, circuit.inner.right), circuit.unembed)
+    _, lowest, _ = jax.jit(lambda circuit: circuit.likely_extremes(7, 5))(circuit)
+    highest, _ = likely(negative, 7, 5)
+    np.testing.assert_allclose(lowest.values, -highest.values, rtol=1e-4)
+    np.testing.assert_array_equal(lowest.rows, highest.rows)
+    np.testing.assert_array_equal(lowest.columns, highest.columns)
+
+
 def test_likely_pairs_of_zero_and_broken_heads_and_bad_input():
     weights = random_weights()
     weights.W_O[1, 0], weights.W_O[1, 1] = 0, np.nan
@@ -340,7 +355,7 @@ def test_likely_pairs_of_zero_and_broken_heads_and_bad_input():
         (3, 0, "n_candidates .* got 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            circuit.likely_top_k(k, n)
+            circuit.likely_extremes(k, n)
 
 
 # Planted heads, biases and rotary positions ---------------------------------------------------------------------------
@@ -517,7 +532,7 @@ def test_entries_come_in_bounded_blocks(monkeypatch):
     assert temporaries(lambda circuit: circuit.top_k(10), circuit) < bound
     assert temporaries(TokenCircuit.diagonal, circuit) < bound
     # W_U the other way round, too.
-    assert temporaries(lambda circuit: circuit.likely_top_k(10, 8), circuit) < n_vocab * n_vocab * 4 / 20
+    assert temporaries(lambda circuit: circuit.likely_extremes(10, 8), circuit) < n_vocab * n_vocab * 4 / 20
 
 
 def test_spectra_need_no_factors_of_the_size_of_the_vocabulary():
@@ -548,5 +563,5 @@ def test_lowers_for_every_platform():
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_likely_pairs_lower(platform):
-    function = jax.jit(lambda circuit: circuit.likely_top_k(3, 4))
+    function = jax.jit(lambda circuit: circuit.likely_extremes(3, 4))
     assert jax.export.export(function, platforms=[platform])(shapes_only(40, 8, 4)).platforms == (platform,)

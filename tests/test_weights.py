@@ -381,3 +381,12 @@ def test_the_worked_example_of_params_from_weights():
     exec(textwrap.dedent(block), names)
     np.testing.assert_allclose(names["seen"].patterns[0, 0, 2], [0.5, 0, 0.5], atol=1e-4)
     assert names["logits"][2].argmax() == 2
+
+
+@pytest.mark.parametrize(("given", "other"), [("q_gain", "k_gain"), ("k_gain", "q_gain")])
+def test_one_gain_of_two_is_refused(given, other):
+    weights = raw_arrays(**{given: np.ones((2, 6), np.float32)})
+    with pytest.raises(
+        ValueError, match=f"q_gain and k_gain must be given both or neither; got {given} without {other}"
+    ):
+        params_from_weights(weights)

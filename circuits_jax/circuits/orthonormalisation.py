@@ -69,11 +69,15 @@ def _float64_triangle(a: Array) -> Array:
     n = a.shape[-1]
     with jax.enable_x64(True):
         square = lambda rows: matmul(rows.mT, rows)  # noqa: E731
-        whole = len(a) // ROWS_AT_ONCE * ROWS_AT_ONCE
-        gram = square(a[whole:].astype(jnp.float64))
-        if whole:
-            add = lambda total, rows: (total + square(rows.astype(jnp.float64)), None)  # noqa: E731
-            gram = jax.lax.scan(add, gram, a[:whole].reshape(-1, ROWS_AT_ONCE, n))[0]
+        blocks = len(a) // ROWS_AT_ONCE
+        gram = square(a[blocks * ROWS_AT_ONCE :].astype(jnp.float64))
+
+        def add(block: Array, total: Array) -> Array:
+            rows = jax.lax.dynamic_slice_in_dim(a, block * ROWS_AT_ONCE, ROWS_AT_ONCE)  # no copy of the whole
+            return total + square(rows.astype(jnp.float64))
+
+        if blocks:
+            gram = jax.lax.fori_loop(0, blocks, add, gram)
         shift = 8 * jnp.finfo(jnp.float64).eps * jnp.trace(gram) + jnp.finfo(jnp.float64).tiny
         return jnp.linalg.cholesky(gram + shift * jnp.eye(n, dtype=gram.dtype), upper=True, symmetrize_input=False)
 

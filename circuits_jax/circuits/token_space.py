@@ -97,8 +97,8 @@ class TokenCircuit:
         """The k strongest pairs of tokens of every head, row token -> column token; see LowRank.top_k."""
         return self._by_head(lambda head: head.top_k(k))
 
-    def likely_top_k(self, k: int, n_candidates: int = 128) -> tuple[Entries, Array]:
-        """The k strongest pairs of tokens of every head, as far as n long rows and n long columns hold them.
+    def likely_extremes(self, k: int, n_candidates: int = 128) -> tuple[Entries, Entries, Array]:
+        """The k highest and the k lowest entries of every head, as far as n long rows and n long columns hold them.
 
         Tokens are vectors l_i and r_j with l_i . r_j the entry (i,j), in the basis where both sides have the same
         singular values (those of the circuit are their squares), which no basis of the head's own changes. Searched
@@ -109,13 +109,14 @@ class TokenCircuit:
         found; of Gaussian vectors, all about equally long, half of them, the best within 11 %.
 
         Args:
-            k: how many pairs, at most n V.
+            k: how many pairs at either end, at most n V.
             n_candidates: n; with n >= V every pair is searched.
 
         Returns:
-            Entries in falling order, [...,k] each, all pairs distinct, all NaN if any entry of the head is; and a
-            bound [...], max |l_i| max |r_j| over what was not searched, -inf where nothing is left: no pair left out
-            is above it. So the entries are exact, to rounding, where the bound is at most the last value.
+            The highest entries in falling and the lowest in rising order, [...,k] each, all pairs of one end distinct,
+            all NaN if any entry of the head is; and a bound [...], max |l_i| max |r_j| over what was not searched,
+            -inf where nothing is left: no entry left out is larger in size. So an end is exact, to rounding, where the
+            bound is at most the size of its last value and that has the end's sign.
 
         Raises:
             ValueError: k is not between 1 and n V, or n_candidates is less than 1.
@@ -127,22 +128,25 @@ class TokenCircuit:
         if not 1 <= k <= n * n_vocab:
             raise ValueError(f"k must be between 1 and the number of entries {n * n_vocab} of {n} rows; got {k}")
 
-        def of_head(inner: LowRank) -> tuple[Entries, Array]:
+        def of_head(inner: LowRank) -> tuple[Entries, Entries, Array]:
             left = matmul(self.embed, inner.left)
             # Neither side with a transposed table of tokens, which is half as fast on CPU.
             right = matmul(self.embed, inner.right.T) if self.unembed is None else matmul(inner.right, self.unembed).T
             (rows, shorter_rows), (columns, shorter_columns) = _longest(left, n), _longest(right, n)
-            of_rows = matmul(left[rows], right.T)
-            of_columns = matmul(right[columns], left.T).at[:, rows].set(-jnp.inf)  # these are in of_rows
-            one, two = (jax.lax.top_k(block, min(k, n_vocab)) for block in (of_rows, of_columns))
-            found = Entries(
-                jnp.concatenate([one[0], two[0]]),
-                jnp.concatenate([jnp.broadcast_to(rows[:, None], one[1].shape), two[1]]),
-                jnp.concatenate([one[1], jnp.broadcast_to(columns[:, None], two[1].shape)]),
-            )
-            best = jax.lax.top_k(found.values.ravel(), k)[1]
+            taken = jnp.zeros(n_vocab, bool).at[rows].set(True)  # entries of these rows are not looked at twice
+            ends = _ends(left[rows], right, jnp.zeros(n_vocab, bool), k), _ends(right[columns], left, taken, k)
+
+            def extreme(sign: float, one: tuple[Array, Array], two: tuple[Array, Array]) -> Entries:
+                values = sign * jnp.concatenate([one[0], two[0]])
+                of_rows = jnp.broadcast_to(rows[:, None], one[1].shape), one[1]
+                of_columns = two[1], jnp.broadcast_to(columns[:, None], two[1].shape)
+                places = (jnp.concatenate(both) for both in zip(of_rows, of_columns, strict=True))
+                best = jax.lax.top_k(sign * values.ravel(), k)[1]
+                return jax.tree.map(lambda x: x.ravel()[best], Entries(values, *places))
+
             bound = shorter_rows * shorter_columns if n < n_vocab else jnp.array(-jnp.inf, left.dtype)
-            return jax.tree.map(lambda x: x.ravel()[best], found), bound
+            (high_rows, low_rows), (high_columns, low_columns) = ends
+            return extreme(1.0, high_rows, high_columns), extreme(-1.0, low_rows, low_columns), bound
 
         return self._balanced().one_by_one(of_head)
 
@@ -224,6 +228,21 @@ def _longest(vectors: Array, n: int) -> tuple[Array, Array]:
     """Which n of the vectors [V,K] are the longest, [n], and how long the longest of the others is, [] (0 if none)."""
     lengths, order = jax.lax.top_k(jnp.linalg.norm(vectors, axis=-1), min(n + 1, len(vectors)))
     return order[:n], lengths[n] if n < len(vectors) else jnp.zeros((), vectors.dtype)
+
+
+def _ends(vectors: Array, others: Array, taken: Array, k: int) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """Of each vector [n,K] the k highest and the k lowest products with others [V,K] that are not taken [V].
+
+    Returns:
+        ((values, places), (minus the values, places)), [n,min(k,V)] each; -inf where all others are taken.
+    """
+
+    def of_vector(vector: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+        row = matmul(others, vector)
+        high, low = (jax.lax.top_k(jnp.where(taken, -jnp.inf, x), min(k, len(others))) for x in (row, -row))
+        return (high[0], high[1]), (low[0], low[1])
+
+    return jax.lax.map(of_vector, vectors, batch_size=32)
 
 
 def top_share(ranks: Array, k: int) -> Array:

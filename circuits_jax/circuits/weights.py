@@ -193,7 +193,7 @@ def check_composes(weights: CircuitWeights) -> None:
 def check_shapes(weights: CircuitWeights) -> None:
     """Raises ValueError that names the first array whose shape contradicts W_E [V,D], W_Q [L,H,D,K] or W_K [L,G,D,K].
 
-    W_P has to be [T,D].
+    W_P has to be [T,D]; q_gain and k_gain come together.
     """
     given = {name: list(jnp.shape(getattr(weights, name))) for name in SHAPES if getattr(weights, name) is not None}
     for name in ("W_E", "W_Q", "W_K", "W_P"):
@@ -210,6 +210,9 @@ def check_shapes(weights: CircuitWeights) -> None:
                 f"{name} does not fit W_E {given['W_E']}, W_Q {given['W_Q']} and W_K {given['W_K']}: "
                 f"expected [{','.join(SHAPES[name])}] = {expected}, got {shape}"
             )
+    if ("q_gain" in given) != ("k_gain" in given):
+        one, other = ("q_gain", "k_gain") if "q_gain" in given else ("k_gain", "q_gain")
+        raise ValueError(f"q_gain and k_gain must be given both or neither; got {one} without {other}")
     if not sizes["G"] or sizes["H"] % sizes["G"]:
         raise ValueError(f"the {sizes['G']} heads of W_K and W_V must divide the {sizes['H']} heads of W_Q and W_O")
 

@@ -58,11 +58,12 @@ ACTIVATIONS: dict[str, Activation] = {
     "swish": "silu", "relu": "relu",
 }  # fmt: skip
 
-# Whatever else these entries say changes what a model computes.
+# Whatever else these entries say changes what a model computes; auto_map names code of the checkpoint's own.
 NEUTRAL: dict[str, Any] = {
     "quantization_config": {}, "add_cross_attention": False, "is_encoder_decoder": False, "pruned_heads": {},
     "position_embedding_type": "absolute", "use_bidirectional_attention": False, "attn_logit_softcapping": 0,
     "final_logit_softcapping": 0, "num_experts": 0, "num_local_experts": 0, "n_routed_experts": 0,
+    "auto_map": {},
 }  # fmt: skip
 
 
@@ -73,13 +74,15 @@ def entries(raw: Settings) -> tuple[Settings, Settings]:
         ValueError: that names an unknown model_type, what is not supported, and an entry of the wrong type.
     """
     family = raw.get("model_type")
-    if family not in DEFAULTS:
+    if not isinstance(family, str) or family not in DEFAULTS:
         raise ValueError(f"config.json: model_type must be one of {', '.join(DEFAULTS)}; got {family!r}")
     if family == "gpt2":
         raw = {GPT2_OTHER_NAMES.get(name, name): value for name, value in raw.items()}
     for name, neutral in NEUTRAL.items():
         if raw.get(name) is not None and raw[name] != neutral:
             raise ValueError(f"config.json: {name} is not supported; got {raw[name]!r}")
+    if family not in ("bert", "roberta") and raw.get("is_causal", True) is not True:  # null too is no
+        raise ValueError(f"config.json: is_causal of {family} must be true; got {raw['is_causal']!r}")
     return raw, {name: _entry(raw, name, default) for name, default in DEFAULTS[family].items()}
 
 

@@ -6,6 +6,8 @@ A family is a function; what a config.json may say and the transformer does not 
 import dataclasses
 import math
 
+import numpy as np
+
 from circuits_jax.models.config import Activation, Rotary, TransformerConfig
 from circuits_jax.models.config_entries import Settings, activation, entries
 from circuits_jax.models.rotary_scaling import rotary_from_settings, rotary_settings
@@ -52,7 +54,12 @@ def read_config(raw: Settings, n_context: int | None = None) -> Checkpoint:
     raw, settings = entries(raw)
     family = raw["model_type"]
     read = {"gpt2": _gpt2, "gpt_neox": _gpt_neox, "bert": _bert, "roberta": _bert}.get(family, _llama)
-    return read(family, raw, settings, n_context)
+    try:
+        return read(family, raw, settings, n_context)
+    except ValueError as error:
+        if str(error).startswith(("config.json: ", "n_context must")):
+            raise
+        raise ValueError(f"config.json: {error}") from error  # of TransformerConfig, which knows of no file
 
 
 def stored_sizes(checkpoint: Checkpoint) -> dict[str, int]:
@@ -64,11 +71,9 @@ def stored_sizes(checkpoint: Checkpoint) -> dict[str, int]:
 
 def _gpt2(family: str, raw: Settings, c: Settings, n_context: int | None) -> Checkpoint:
     n_layers, n_heads, d_model = c["n_layer"], c["n_head"], c["n_embd"]
-    length = _context(n_context, c["n_positions"])
-    _check_window(raw, raw.get("sliding_window"), length)
     config = TransformerConfig(
         n_vocab=c["vocab_size"],
-        n_context=length,
+        n_context=_context(n_context, c["n_positions"]),
         n_layers=n_layers,
         n_heads=n_heads,
         d_model=d_model,
@@ -95,7 +100,6 @@ def _gpt2(family: str, raw: Settings, c: Settings, n_context: int | None) -> Che
 def _gpt_neox(family: str, raw: Settings, c: Settings, n_context: int | None) -> Checkpoint:
     n_positions, n_heads, d_model = c["max_position_embeddings"], c["num_attention_heads"], c["hidden_size"]
     d_head, length = d_model // n_heads, _context(n_context, n_positions)
-    _check_window(raw, raw.get("sliding_window"), length)
     own_names = {"rope_theta": c["rotary_emb_base"], "partial_rotary_factor": c["rotary_pct"]}
     rotary = rotary_from_settings(rotary_settings(raw | own_names), d_head, n_positions, length)
     config = TransformerConfig(
@@ -127,7 +131,7 @@ def _llama(family: str, raw: Settings, c: Settings, n_context: int | None) -> Ch
     n_positions = c["max_position_embeddings"]
     length = _context(n_context, n_positions)
     d_head = c["head_dim"] or d_model // n_heads
-    _check_window(raw, _window(family, raw, c), length)
+    _check_window(family, raw, c, length)
     settings = rotary_settings(raw)
     if settings.get("partial_rotary_factor", 1.0) != 1.0:
         got = settings["partial_rotary_factor"]
@@ -175,11 +179,9 @@ def _bert(family: str, raw: Settings, c: Settings, n_context: int | None) -> Che
         raise ValueError(f"config.json: is_decoder of {family} is not supported; got {raw['is_decoder']!r}")
     n_stored, n_layers = c["max_position_embeddings"], c["num_hidden_layers"]
     first = c["pad_token_id"] + 1 if family == "roberta" else 0
-    length = _context(n_context, n_stored - first)
-    _check_window(raw, raw.get("sliding_window"), length)
     config = TransformerConfig(
         n_vocab=c["vocab_size"],
-        n_context=length,
+        n_context=_context(n_context, n_stored - first),
         n_layers=n_layers,
         n_heads=c["num_attention_heads"],
         d_model=c["hidden_size"],
@@ -236,34 +238,37 @@ def _rotary_fields(rotary: Rotary) -> Settings:
 def _context(n_context: int | None, n_positions: int) -> int:
     if n_context is None:
         return n_positions
-    if isinstance(n_context, bool) or not isinstance(n_context, int) or not 1 <= n_context <= n_positions:
+    if isinstance(n_context, bool) or not isinstance(n_context, int | np.integer) or not 1 <= n_context <= n_positions:
         raise ValueError(f"n_context must be an integer from 1 to the checkpoint's {n_positions}; got {n_context!r}")
-    return n_context
+    return int(n_context)
 
 
 def _gemma_activation(raw: Settings, c: Settings) -> Activation:
     """In Gemma's first configs "gelu" was written and its tanh form meant; hidden_activation came to say so."""
-    named = {c["hidden_act"], raw.get("hidden_activation") or c["hidden_act"]} - {"gelu"} or {"gelu_new"}
-    if len(named) > 1:
-        raise ValueError(f"config.json: hidden_act and hidden_activation must agree; got {' and '.join(sorted(named))}")
-    return activation("hidden_act", named.pop())
+    meant = raw.get("hidden_activation")
+    found = activation("hidden_act", "gelu_new" if c["hidden_act"] == "gelu" else c["hidden_act"])
+    if meant is not None and (meant not in ("gelu_pytorch_tanh", "gelu_new") or found != "gelu_tanh"):
+        raise ValueError(
+            "config.json: hidden_activation must be null, or gelu_pytorch_tanh or gelu_new where hidden_act says the "
+            f"same; got {meant!r} and {c['hidden_act']!r}"
+        )
+    return found
 
 
-def _window(family: str, raw: Settings, c: Settings) -> int | None:
-    """The sliding window of any layer."""
-    if family == "mistral":
-        return raw.get("sliding_window", 4096)
+def _check_window(family: str, raw: Settings, c: Settings, n_context: int) -> None:
+    """Refuses layers of other kinds, and a sliding window shorter than the context where the family reads one."""
+    types = raw.get("layer_types")
+    if types is not None and not (isinstance(types, list) and all(isinstance(kind, str) for kind in types)):
+        raise ValueError(f"config.json: layer_types must be a list of strings or null; got {types!r}")
+    window = raw.get("sliding_window", 4096) if family in ("mistral", "qwen2", "qwen3") else None
+    if window is not None and (type(window) is not int or window < 1):
+        raise ValueError(f"config.json: sliding_window must be a positive integer or null; got {window!r}")
     if family in ("qwen2", "qwen3"):
-        types = raw.get("layer_types")
         slides = "sliding_attention" in types if types else c["num_hidden_layers"] > c["max_window_layers"]
-        return raw.get("sliding_window", 4096) if c["use_sliding_window"] and slides else None
-    return raw.get("sliding_window")
-
-
-def _check_window(raw: Settings, window: int | None, n_context: int) -> None:
-    types = set(raw.get("layer_types") or [])
-    if types - {"full_attention"} - ({"sliding_attention"} if window else set()):
-        raise ValueError(f"config.json: layer_types {', '.join(sorted(types))} are not supported")
+        window = window if c["use_sliding_window"] and slides else None
+    others = set(types or []) - {"full_attention"} - ({"sliding_attention"} if window else set())
+    if others:
+        raise ValueError(f"config.json: layer_types {', '.join(sorted(others))} are not supported")
     if window is not None and window < n_context:
         raise ValueError(
             f"config.json: sliding_window {window} is shorter than the context of {n_context} and is not supported: "

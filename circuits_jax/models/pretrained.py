@@ -62,15 +62,13 @@ def load_pretrained(
         FileNotFoundError: neither such a folder, nor can such a name be reached on the hub.
         ValueError: that names what is not supported, or what is missing, broken, unexpected or of another shape.
     """
-    dtype = np.dtype(dtype)
-    if dtype not in (np.float32, np.float16, jnp.bfloat16):
-        raise ValueError(f"dtype must be float32, float16 or bfloat16; got {dtype}")
+    dtype = _dtype(dtype)
     folder = checkpoint_folder(name_or_folder, revision)
     checkpoint = read_config(_json(folder / "config.json"), n_context)
     tensors = _tensors(folder, checkpoint)
+    _check(checkpoint, tensors)  # first: tracing takes longer the more layers config.json speaks of
     leaves, tree = jax.tree.flatten_with_path(jax.eval_shape(lambda: init_params(checkpoint.config, jax.random.key(0))))
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    _check(checkpoint, tensors)
     sizes = stored_sizes(checkpoint)
     arrays = []
     for name, (_, leaf) in zip(names, leaves, strict=True):
@@ -133,6 +131,16 @@ def checkpoint_folder(name_or_folder: str | Path, revision: str | None = None) -
         raise FileNotFoundError(
             f"{name_or_folder} is no folder, and could not be reached on the hub{at}: {type(error).__name__}: {error}"
         ) from error
+
+
+def _dtype(dtype: DTypeLike) -> np.dtype:
+    try:
+        found = None if dtype is None else np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found not in (np.float32, np.float16, jnp.bfloat16):
+        raise ValueError(f"dtype must be float32, float16 or bfloat16; got {dtype!r}")
+    return found
 
 
 def _json(file: Path) -> dict[str, Any]:

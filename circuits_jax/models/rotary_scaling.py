@@ -53,8 +53,12 @@ def rotary_from_settings(settings: Settings, d_head: int, n_positions: int, n_co
     dim, base, kind = int(d_head * share), _number(settings, "rope_theta"), settings["rope_type"]
     if not 0 < dim <= d_head:
         raise ValueError(f"config.json: the rotary share of d_head={d_head} must be in (0, 1]; got {share}")
+    if base <= 1:
+        raise ValueError(f"config.json: rope_theta must be above 1; got {base}")
     plain = base ** (-np.arange(0, dim, 2) / dim)
-    original = int(_number(settings, "original_max_position_embeddings", n_positions))
+    original = settings.get("original_max_position_embeddings", n_positions)
+    if kind not in ("default", "linear") and (type(original) is not int or original < 2):
+        raise ValueError(f"config.json: original_max_position_embeddings must be an integer above 1; got {original!r}")
     frequencies, scale = None, 1.0
     match kind:
         case "default":
@@ -83,6 +87,8 @@ def rotary_from_settings(settings: Settings, d_head: int, n_positions: int, n_co
 def _llama3(settings: Settings, plain: np.ndarray, original: int) -> np.ndarray:
     """Slow pairs are slowed by the factor, fast ones are not; in between, by how often they turn in training."""
     low, high = _number(settings, "low_freq_factor"), _number(settings, "high_freq_factor")
+    if low >= high:
+        raise ValueError(f"config.json: low_freq_factor must be below high_freq_factor; got {low} and {high}")
     turns = original * plain / (2 * math.pi)
     kept = np.clip((turns - low) / (high - low), 0, 1)
     return plain * (kept + (1 - kept) / _number(settings, "factor"))

@@ -15,7 +15,16 @@ from typing import Any
 
 import numpy as np
 
-SCRIPTS = ("elements.js", "charts.js", "overview.js", "attention.js", "evidence.js", "graph.js", "atlas.js")
+SCRIPTS = (
+    "elements.js",
+    "charts.js",
+    "overview.js",
+    "attention.js",
+    "evidence.js",
+    "directions.js",
+    "graph.js",
+    "atlas.js",
+)
 DIGITS = 4  # significant, of every number on the page
 
 

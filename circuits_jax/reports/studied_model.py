@@ -92,7 +92,8 @@ def plain_name(where: str) -> str:
 
 
 def _of_run(folder: Path, arm: str, run: int, steps: Sequence[int]) -> StudiedModel:
-    arms = sorted(path.name for path in (folder / "checkpoints").glob("*") if path.is_dir())
+    there = [path for path in (folder / "checkpoints").glob("*") if path.is_dir()]
+    arms = [path.name for path in sorted(there, key=lambda path: (path.stat().st_mtime, path.name))]  # as trained
     if not arms:
         raise ValueError(f"{folder} holds no checkpoints yet: run its experiment to the end")
     if arm and arm not in arms:

@@ -4,10 +4,12 @@ const atlas = JSON.parse(byId("data").textContent);
 const view = { head: 0, step: atlas.states.length - 1 };
 const state = () => atlas.states[view.step];
 
+const headNamed = (name) => state().heads.findIndex((_, index) => headName(index) === name);
+
 // #head=5.1&step=3; what the address does not say or says wrongly stays as it is.
 function readAddress() {
   const said = new URLSearchParams(location.hash.slice(1));
-  const head = state().heads.findIndex((_, index) => headName(index) === said.get("head"));
+  const head = headNamed(said.get("head"));
   const step = said.has("step") ? Number(said.get("step")) : -1;
   if (head >= 0) view.head = head;
   if (atlas.states[step]) view.step = step;
@@ -31,7 +33,9 @@ function go(change) {
 
 function render() {
   byId("step").value = view.step;
+  byId("step").setAttribute("aria-valuetext", state().name);
   byId("step-name").textContent = state().name;
+  byId("jump-said").textContent = "";
   paintGrid();
   paintLegend();
   paintGraph();
@@ -56,6 +60,17 @@ function buildSteps() {
   byId("step").addEventListener("input", (event) => go({ step: Number(event.target.value) }));
 }
 
+function buildJump() {
+  byId("jump").addEventListener("keydown", (event) => {
+    if (event.key !== "Enter") return;
+    const name = event.target.value.trim();
+    const head = headNamed(name);
+    if (head >= 0) return go({ head });
+    const known = `layers 0 to ${atlas.n_layers - 1}, heads 0 to ${atlas.n_heads - 1}`;
+    byId("jump-said").textContent = `No head “${name}”: ${known}, written as 0.0`;
+  });
+}
+
 function switchTheme() {
   const root = document.documentElement;
   const now = root.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
@@ -68,6 +83,7 @@ addEventListener("hashchange", () => (readAddress(), render()));
 byId("theme").addEventListener("click", switchTheme);
 buildAbout();
 buildSteps();
+buildJump();
 buildColours();
 buildGrid();
 buildGraph();

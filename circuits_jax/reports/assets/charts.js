@@ -1,4 +1,4 @@
-// Small charts in SVG: a line against a band, points in the complex plane, bars by offset.
+// Small charts in SVG: a line against a band, points in the complex plane, bars by offset; the values below each.
 
 const BOX = { width: 320, height: 190, left: 44, right: 10, top: 10, bottom: 34 };
 
@@ -42,14 +42,15 @@ function axes(label, xName, yName, xBounds, yBounds, box = BOX) {
 
 const points = (pairs) => pairs.map((pair) => pair.map((value) => value.toFixed(1)).join(",")).join(" ");
 
-function withTip(element, text) {
-  element.dataset.tip = text;
-  return element;
+// For those whom hovering does not serve.
+function withValues(root, header, rows) {
+  const label = root.getAttribute("aria-label");
+  return make("figure", { class: "charted" }, root, fold(label, false, [`${label}, as a table`], table(header, rows)));
 }
 
 // Whole columns can be hovered, not only the marks in them.
 function columnHints(plot, xs, texts) {
-  const width = xs.length > 1 ? plot.x(xs[1]) - plot.x(xs[0]) : 20;
+  const width = xs.length > 1 ? Math.abs(plot.x(xs[1]) - plot.x(xs[0])) : 20;
   xs.forEach((value, place) => {
     const column = { x: plot.x(value) - width / 2, y: BOX.top, width, height: plot.bottom - BOX.top, class: "hit" };
     plot.root.append(withTip(draw("rect", column), texts[place]));
@@ -68,7 +69,8 @@ function spectrumChart(name, { sigma, low, high }) {
     return `σ ${place + 1}: ${number(value)}\nnull ${number(low[place])} to ${number(high[place])}`;
   });
   columnHints(plot, places, texts);
-  return plot.root;
+  const rows = sigma.map((value, place) => [String(place + 1), value, low[place], high[place]]);
+  return withValues(plot.root, ["rank", "σ", "null from", "to"], rows);
 }
 
 function eigenvalueChart(name, eigenvalues) {
@@ -83,16 +85,25 @@ function eigenvalueChart(name, eigenvalues) {
     const dot = draw("circle", { cx: plot.x(re), cy: plot.y(im), r: 3, class: "dot open" });
     plot.root.append(withTip(dot, `λ = ${number(re)} ${im < 0 ? "−" : "+"} ${number(Math.abs(im))}i`));
   }
-  return plot.root;
+  return withValues(plot.root, ["real", "imaginary"], eigenvalues);
 }
 
-function kernelChart({ about, offset, value }) {
-  const plot = axes(about, "positions back", "attention", bounds(offset), bounds(value, [0]));
+function kernelChart({ offset, value, chance = [] }) {
+  const yBounds = bounds([...value, ...chance], [0]);
+  const xName = offset.some((place) => place < 0) ? "positions back (negative: ahead)" : "positions back";
+  const plot = axes("Attention by offset", xName, "attention (dashed: uniform)", bounds(offset), yBounds);
   offset.forEach((place, index) => {
     const [x, y] = [plot.x(place), plot.y(value[index] ?? 0)];
     plot.root.append(draw("line", { x1: x, x2: x, y1: plot.y(0), y2: y, class: "stem" }));
     plot.root.append(draw("circle", { cx: x, cy: y, r: 1.8, class: "dot" }));
   });
-  columnHints(plot, offset, offset.map((place, index) => `${place} back: ${number(value[index])}`));
-  return plot.root;
+  const uniform = chance.map((share, index) => [plot.x(offset[index]), plot.y(share ?? 0)]);
+  plot.root.append(draw("polyline", { points: points(uniform), class: "chance" }));
+  const texts = offset.map((place, index) => {
+    const where = `${Math.abs(place)} ${place < 0 ? "ahead" : "back"}`;
+    return `${where}: ${number(value[index])}\nuniform ${number(chance[index])}`;
+  });
+  columnHints(plot, offset, texts);
+  const rows = offset.map((place, index) => [number(place), value[index], chance[index] ?? null]);
+  return withValues(plot.root, ["positions back", "attention", "uniform"], rows);
 }

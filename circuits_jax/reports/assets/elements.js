@@ -39,6 +39,7 @@ const headName = (index) => `${Math.floor(index / atlas.n_heads)}.${index % atla
 
 // --- tokens ---
 
+const LONGEST = 24; // characters of a token that are shown; its tip has them all
 const MARKS = { " ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥" };
 const code = (character) => `\\u${character.codePointAt(0).toString(16).padStart(4, "0")}`;
 
@@ -51,9 +52,13 @@ function visible(text) {
 }
 
 function token(text, attributes = {}, name = "span") {
-  const parts = visible(text).split(/([␣↵␍⇥∅])/);
+  const whole = visible(text);
+  const characters = [...whole];
+  const long = characters.length > LONGEST;
+  const parts = (long ? `${characters.slice(0, LONGEST).join("")}…` : whole).split(/([␣↵␍⇥∅])/);
   const pieces = parts.map((part, place) => (place % 2 ? make("i", {}, part) : part));
-  return make(name, { ...attributes, class: `token ${attributes.class ?? ""}` }, ...pieces);
+  const made = make(name, { ...attributes, class: `token ${attributes.class ?? ""}` }, ...pieces);
+  return long ? withTip(made, whole) : made;
 }
 
 // --- tables ---
@@ -75,7 +80,23 @@ function table(header, rows) {
   return make("div", { class: "scroll" }, make("table", {}, ...body));
 }
 
+// --- folds: stay as the reader left them, from head to head and from step to step ---
+
+const folds = new Map();
+
+function fold(key, open, summary, ...parts) {
+  const attributes = (folds.get(key) ?? open) ? { open: "" } : {};
+  const made = make("details", attributes, make("summary", {}, ...summary), ...parts);
+  made.addEventListener("toggle", () => folds.set(key, made.open));
+  return made;
+}
+
 // --- hints: any element with data-tip has one, under the pointer or beside the focus ---
+
+function withTip(element, text) {
+  element.dataset.tip = text;
+  return element;
+}
 
 function placeTip(owner, x, y) {
   const tip = byId("tip");

@@ -1,14 +1,17 @@
 // The panel: all that is known of one head. A section without data is left out.
 
 const CIRCUITS = ["qk", "ov"];
-const CONVINCING = 0.95; // share of the random controls; below it a direction is written quietly
+const ANY_QUERY = "any query"; // no token: the query bias
 
 function drawPanel() {
   const head = state().heads[view.head];
   const name = headName(view.head);
   const title = make("h2", {}, `Head ${name}`, state().name && make("span", { class: "quiet" }, ` ${state().name}`));
-  const sections = SECTIONS.map(([heading, build]) => [heading, build(head)]).filter(([, parts]) => parts.length);
-  const built = sections.map(([heading, parts]) => make("section", {}, make("h3", {}, heading), ...parts));
+  const made = SECTIONS.map(([key, heading, build]) => [heading, build(head), captionOf(key)]);
+  const sections = made.filter(([, parts]) => parts.length);
+  const built = sections.map(([heading, parts, caption]) => {
+    return make("section", {}, make("h3", {}, heading), ...caption, ...parts);
+  });
   const jumps = sections.map(([heading], place) => {
     return make("button", { type: "button", onclick: () => built[place].scrollIntoView() }, heading);
   });
@@ -16,18 +19,24 @@ function drawPanel() {
   byId("panel").replaceChildren(top, ...built);
 }
 
+function captionOf(key) {
+  const text = atlas.captions?.[key];
+  return text ? [make("p", { class: "quiet" }, text)] : [];
+}
+
 const SECTIONS = [
-  ["Labels", labelSection],
-  ["Attention", (head) => (atlas.samples.length ? attentionSection(head) : [])],
-  ["Evidence", evidenceSection],
-  ["Spectra", spectraSection],
-  ["Positions", kernelSection],
-  ["Token pairs", pairsSection],
-  ["Directions", (head) => directionList(head.directions, "tokens")],
-  ["Contexts", (head) => directionList(head.contexts, "contexts")],
-  ["OV probes", probeSection],
-  ["Partners", partnerSection],
-  ["Effects", (head) => (head.effects.length ? [table(["cause", "effect"], head.effects)] : [])],
+  ["labels", "Labels", labelSection],
+  ["attention", "Attention", (head) => (atlas.samples.length ? attentionSection(head) : [])],
+  ["evidence", "Evidence", evidenceSection],
+  ["spectra", "Spectra", spectraSection],
+  ["kernel", "Offsets", ({ kernel }) => (kernel ? [kernelChart(kernel)] : [])],
+  ["pairs", "Token pairs", pairsSection],
+  ["directions", "Directions", (head) => directionList(head.directions, "tokens")],
+  ["places", "Positions", (head) => directionList(head.places ?? [], "places")],
+  ["contexts", "Contexts", (head) => directionList(head.contexts, "contexts")],
+  ["probes", "OV probes", probeSection],
+  ["partners", "Partners", partnerSection],
+  ["effects", "Effects", (head) => (head.effects.length ? [table(["cause", "effect"], head.effects)] : [])],
 ];
 
 // --- labels ---
@@ -50,6 +59,8 @@ function labelLine(label, side) {
 
 // --- evidence for every type ---
 
+const SMALLEST_P = 1e-38; // float32 holds nothing smaller in full
+
 function evidenceSection(head) {
   if (!head.evidence.length) return [];
   const kind = ["score", "z", "p", "conf."];
@@ -71,12 +82,15 @@ function evidenceRow(one) {
 function markEvidence(row, evidence, place) {
   const cells = [...row.children];
   const bold = (found, first) => found && cells.slice(first, first + 4).forEach((one) => one.classList.add("found"));
-  bold(evidence[place].weights?.found, 1);
-  bold(evidence[place].activations?.found, 5);
+  for (const [kind, first] of [["weights", 1], ["activations", 5]]) {
+    const { found, p } = evidence[place][kind] ?? { found: false, p: null };
+    bold(found, first);
+    if (p !== null && p < SMALLEST_P) cells[first + 2].textContent = "<1e-38";
+  }
   row.classList.toggle("first", evidence[place - 1]?.side !== evidence[place].side);
 }
 
-// --- spectra, positions, pairs ---
+// --- spectra, pairs ---
 
 const BETWEEN_TOKENS = { qk: "W_E W_QK W_Eᵀ", ov: "W_E W_OV W_U" };
 
@@ -92,60 +106,20 @@ function spectraSection(head) {
   });
 }
 
-function kernelSection({ kernel }) {
-  return kernel ? [make("p", { class: "quiet" }, kernel.about), kernelChart(kernel)] : [];
-}
-
 function pairsSection(head) {
-  const columns = { qk: ["query", "key", "score"], ov: ["attended", "raised", "logit"] };
+  const columns = { qk: ["query", "key", "score"], ov: ["attended", "changed", "logit"] };
   const used = CIRCUITS.filter((side) => head.pairs[side].length);
   const tables = used.map((side) => {
-    const rows = head.pairs[side].map(([from, to, value]) => [token(from), token(to), value]);
-    return make("div", {}, make("h4", {}, side.toUpperCase()), table(columns[side], rows));
+    const rows = head.pairs[side].map(([from, to, value]) => [pairEnd(from), token(to), value]);
+    const made = table(columns[side], rows);
+    const lowest = rows.findIndex(([, , value], place) => value < 0 && rows[place - 1]?.[2] >= 0);
+    made.querySelectorAll("tbody tr")[lowest]?.classList.add("divided");
+    return make("div", {}, make("h4", {}, side.toUpperCase()), made);
   });
   return tables.length ? [make("div", { class: "side-by-side" }, ...tables)] : [];
 }
 
-// --- directions and contexts ---
-
-function directionList(directions, kind) {
-  let first = 1;
-  return directions.map((one, place) => {
-    const name = directionName(first, one.size);
-    first += one.size;
-    const controls = [" beats random controls: ", beaten(one, "query"), ", ", beaten(one, "key")];
-    const summary = make("summary", {}, make("strong", {}, name), ` σ ${number(one.sigma)} ·`, ...controls);
-    const signs = one.size > 1 ? { "": "top" } : { "+": "top", "−": "bottom" };
-    const rows = Object.entries(signs).map(([sign, end]) => {
-      return [sign, rankedList(one.query[end], kind), rankedList(one.key[end], kind)];
-    });
-    const opened = place < 4 ? { open: "" } : {};
-    return make("details", { class: `direction ${kind}`, ...opened }, summary, table(["", "queries", "keys"], rows));
-  });
-}
-
-function directionName(first, size) {
-  return size > 1 ? `subspace of ${size} tied directions, ${first} to ${first + size - 1}` : `direction ${first}`;
-}
-
-function beaten(direction, side) {
-  const share = direction[side].control;
-  const quiet = share === null || share < CONVINCING;
-  return make("span", { class: quiet ? "quiet" : "" }, `${side} ${percent(share)}`);
-}
-
-function rankedList(entries, kind) {
-  const written = kind === "contexts" ? context : token;
-  const items = entries.map(([text, value]) => withTip(written(text), number(value)));
-  return make("span", { class: "ranked" }, ...items);
-}
-
-// "left context [token]": the token stands out.
-function context(text) {
-  const shown = visible(text);
-  const start = Math.max(0, shown.lastIndexOf("["));
-  return make("span", { class: "context" }, shown.slice(0, start), make("b", {}, shown.slice(start)));
-}
+const pairEnd = (text) => (text === ANY_QUERY ? make("span", { class: "quiet" }, text) : token(text));
 
 // --- OV probes, partners ---
 

@@ -3,6 +3,7 @@
 const PATHS = ["q", "k", "v"];
 const STEP = { x: 40, y: 38, left: 30, top: 14 };
 const USUAL_EDGES = 150;
+const USUAL_Z = 2;
 const graph = { threshold: 0, paths: new Set(PATHS) };
 
 const place = (index) => [
@@ -14,6 +15,7 @@ function buildGraph() {
   const [width, height] = [STEP.left + STEP.x * atlas.n_heads + 8, 2 * STEP.top + STEP.y * (atlas.n_layers - 1)];
   const root = byId("graph");
   byId("composition").hidden = atlas.states.every((one) => !one.edges.z.length);
+  byId("graph-caption").textContent = atlas.captions?.graph ?? "";
   root.setAttribute("viewBox", `0 0 ${width} ${height}`);
   root.style.maxWidth = `${1.7 * width}px`;
   for (let layer = 0; layer < atlas.n_layers; layer++) {
@@ -41,7 +43,7 @@ function node(index) {
 
 function buildGraphControls() {
   const strongest = state().edges.z.toSorted((a, b) => b - a);
-  graph.threshold = strongest[Math.min(USUAL_EDGES, strongest.length) - 1] ?? 0;
+  graph.threshold = Math.max(USUAL_Z, strongest[USUAL_EDGES - 1] ?? USUAL_Z);
   byId("threshold").addEventListener("input", () => {
     graph.threshold = sortedZ()[Number(byId("threshold").value)];
     paintGraph();
@@ -65,11 +67,19 @@ function paintGraph() {
   const found = order.findIndex((value) => value >= graph.threshold);
   slider.max = Math.max(0, order.length - 1);
   slider.value = found < 0 ? slider.max : found;
-  slider.setAttribute("aria-valuetext", `z at least ${number(graph.threshold)}`);
-  byId("threshold-name").textContent = `z ≥ ${number(graph.threshold)}: ${shown.length} of ${z.length} edges`;
+  const said = `z ≥ ${number(graph.threshold)}: ${shown.length || "none"} of ${edgesInAll()}`;
+  slider.setAttribute("aria-valuetext", said);
+  byId("threshold-name").textContent = said;
   byId("edges").replaceChildren(...shown.map(edgeCurve));
   byId("edges").firstElementChild?.setAttribute("tabindex", 0);
   paintNodes();
+}
+
+// "the strongest 2000 of 28,512 edges", or "48 edges" when all are here.
+function edgesInAll() {
+  const { z, total = z.length } = state().edges;
+  const all = `${total.toLocaleString("en-US")} edges`;
+  return total > z.length ? `the strongest ${z.length} of ${all}` : all;
 }
 
 function paintNodes() {

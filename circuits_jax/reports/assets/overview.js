@@ -81,10 +81,13 @@ function labelPart(head, side) {
 
 // --- a number for each head ---
 
-function mapRange(map) {
-  const [low, high] = bounds(map.values.flat(), map.diverging ? [0] : []);
+// Over all states, so that colours can be compared from step to step.
+function mapRange({ name, diverging }) {
+  const same = atlas.states.flatMap((one) => one.maps.filter((map) => map.name === name));
+  const values = same.flatMap((map) => map.values.flat());
+  const [low, high] = bounds(values, diverging ? [0] : []);
   const most = Math.max(Math.abs(low), Math.abs(high));
-  return map.diverging ? [-most, most] : [low, high];
+  return diverging ? [-most, most] : [low, high];
 }
 
 function mapPart(value, [low, high]) {
