@@ -50,7 +50,7 @@ def return_freed_memory() -> None:
 
     Does nothing where the C library has no mallopt. Costs page faults; not for training.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
