@@ -158,7 +158,9 @@ def test_every_trajectory_opens_with_plain_xarray(trained):
         np.testing.assert_array_equal(data.norm, run.measurements["norm"])
         assert data.diverged.dims == ("run",)
         np.testing.assert_array_equal(data.diverged, run.diverged)
-        assert json.loads(data.attrs["settings"]) == study.recorded(settings) | {"model": dataclasses.asdict(CONFIG)}
+        assert json.loads(data.attrs["settings"]) == json.loads(
+            json.dumps(study.recorded(settings) | {"model": dataclasses.asdict(CONFIG)})
+        )
         assert {"versions", "device"} <= json.loads(data.attrs["provenance"]).keys()
     main = xarray.open_zarr(folder / "trajectories" / "main.zarr")
     assert main.seed.values.tolist() == [0, 1, 0, 1]
@@ -173,7 +175,8 @@ def test_a_folder_holds_its_settings_its_checkpoints_and_the_parameters_to_keep(
     assert config["settings"] == study.recorded(settings)
     group = folder / "checkpoints" / "main" / "runs_0_to_3"
     assert sorted(path.name for path in (group / "kept").iterdir()) == ["0", "6"]
-    assert not (folder / "checkpoints" / "wild" / "runs_0_to_1" / "kept").exists()
+    wild = folder / "checkpoints" / "wild" / "runs_0_to_1" / "kept"
+    assert [path.name for path in wild.iterdir()] == ["6"]  # the last, whatever was asked for
 
 
 def test_resuming_gives_the_same_numbers(trained):

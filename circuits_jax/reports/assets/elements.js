@@ -86,8 +86,9 @@ const folds = new Map();
 
 function fold(key, open, summary, ...parts) {
   const attributes = (folds.get(key) ?? open) ? { open: "" } : {};
-  const made = make("details", attributes, make("summary", {}, ...summary), ...parts);
-  made.addEventListener("toggle", () => folds.set(key, made.open));
+  const title = make("summary", {}, ...summary);
+  const made = make("details", attributes, title, ...parts);
+  title.addEventListener("click", () => folds.set(key, !made.open)); // "toggle" comes too late for a quick next step
   return made;
 }
 
