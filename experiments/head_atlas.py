@@ -35,7 +35,7 @@ from circuits_jax.circuits.weights import SHAPES, CircuitWeights
 from circuits_jax.models.planted import plant
 from circuits_jax.models.planted_recipes import recipes
 from circuits_jax.models.transformer import check_tokens
-from circuits_jax.reports import run_folder
+from circuits_jax.reports import run_folder, study
 from circuits_jax.reports.atlas import atlas
 from circuits_jax.reports.atlas_page import atlas_json, atlas_page
 from circuits_jax.reports.console import print_table
@@ -160,11 +160,8 @@ def _sequences(settings: Settings, model: StudiedModel) -> tuple[np.ndarray | No
         check_tokens(config, found[..., :length])
         if not len(found) or found.shape[-1] < SHORTEST:
             raise ValueError(f"--tokens must hold sequences of at least {SHORTEST}; got {list(found.shape)}")
-        return (
-            found[:, :length],
-            f"the first {min(length, found.shape[-1])} tokens of each in {settings.tokens.name}",
-            0,
-        )
+        found = found[:, :length]
+        return found, f"the first {found.shape[1]} tokens of each in {settings.tokens.name}", 0
     if model.tokenizer is not None:
         encoded = [model.tokenizer.encode(text).ids for text in settings.text or SAMPLES]
         starts = [] if model.bos is None else [model.bos]
@@ -227,11 +224,7 @@ def main(plan: Plan) -> None:
     """Computes the atlas, prints which heads are what, and writes the run folder."""
     console = Console()
     settings = plan.settings
-    recorded = {
-        name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-        for name, value in dataclasses.asdict(settings).items() if name not in ("runs_dir", "name")
-    }  # fmt: skip
-    run_folder.open_run(plan.folder, recorded)
+    run_folder.open_run(plan.folder, study.recorded(settings))
     with console.status("opening") as status:
         found = atlas(plan.model, plan.material, jax.random.key(settings.seed), status.update)
         status.update("page")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import circuits_jax
-from circuits_jax.circuits import attention
+from circuits_jax.circuits import attention, reading
 from circuits_jax.circuits.weights import CircuitWeights, params_from_weights
 from circuits_jax.models.config import Rotary, TransformerConfig
 from circuits_jax.models.transformer import apply, forward, init_params
@@ -313,3 +313,23 @@ def test_many_models_under_vmap(positions):
     for i, weights in enumerate(models):
         for name, circuit in every_circuit(weights).items():
             np.testing.assert_allclose(dense(together[name])[i], dense(circuit), atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["none", "rms", "layer"])
+@pytest.mark.parametrize("positions", ["none", "learned", "shortformer", "rotary"])
+def test_attention_scores_are_those_of_the_forward_pass(positions, norm):
+    config = TransformerConfig(
+        7, 8, n_layers=3, n_heads=4, n_kv_heads=2, d_model=16, positions=positions, norm=norm, bias=True
+    )
+    leaves, tree = jax.tree.flatten(init_params(config, jax.random.key(0)))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    params = jax.tree.unflatten(tree, [x + jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+    tokens = np.array([[3, 0, 4, 4, 1], [6, 2, 2, 5, 0]])
+    _, seen = forward(config, params, tokens)
+    weights = CircuitWeights.from_params(config, params)
+    residual = np.moveaxis(np.asarray(seen.residual[:, :-1]), 1, 0)
+    rows = reading.qk_rows(weights, residual)
+    for sequence in range(2):
+        scores = reading.attention_scores(weights, residual[:, sequence])
+        np.testing.assert_allclose(scores, seen.scores[sequence], rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(rows[:, sequence], reading.qk_rows(weights, residual[:, sequence]))

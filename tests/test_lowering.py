@@ -332,6 +332,7 @@ TABLE = {
         (WEIGHTS, array(8)),
     ),
     "ideal_inputs.token_inputs": (lambda weights: ideal_inputs.token_inputs(weights, T), (WEIGHTS,)),
+    "reading.qk_rows": (reading.qk_rows, (WEIGHTS, PLACE_ROWS)),
     "reading.queries": (reading.queries, (WEIGHTS, ROWS)),
     "reading.keys": (reading.keys, (WEIGHTS, ROWS)),
     "reading.values": (reading.values, (WEIGHTS, PLACE_ROWS)),

@@ -16,6 +16,15 @@ def normalized(weights: CircuitWeights, residual: Array) -> Array:
     return unit_norm(weights.norm, residual, weights.norm_epsilon)
 
 
+def qk_rows(weights: CircuitWeights, residual: Array) -> Array:
+    """What queries and keys read of the residual stream [L,...,T,D]: normalized, W_P of shortformer positions added."""
+    rows = normalized(weights, residual)
+    if weights.positions != "shortformer" or weights.W_P is None:
+        return rows
+    added = weights.W_P[..., : rows.shape[-2], :]
+    return rows + (jnp.expand_dims(added, range(1, rows.ndim - 2)) if added.ndim == 3 else added)
+
+
 def queries(weights: CircuitWeights, rows: Array) -> Array:
     """x W_Q + b_Q of rows [n,D], or [L,n,D] by layer, over its size with qk-norm: [L,H,n,K]."""
     q = _read(rows, weights.W_Q)
@@ -77,7 +86,5 @@ def attention_scores(weights: CircuitWeights, residual: Array) -> Array:
         residual: [L,T,D] in front of each layer, before its norm: Activations.residual[:-1].
     """
     check_positions(weights)
-    rows = normalized(weights, residual)
-    if weights.positions == "shortformer" and weights.W_P is not None:
-        rows = rows + weights.W_P[..., : rows.shape[-2], :]
+    rows = qk_rows(weights, residual)
     return position_scores(weights, rows, rows)

@@ -15,7 +15,7 @@ from jax import Array
 
 from circuits_jax.circuits.attention import ov, qk
 from circuits_jax.circuits.low_rank import LowRank
-from circuits_jax.circuits.reading import normalized
+from circuits_jax.circuits.reading import qk_rows
 from circuits_jax.circuits.spectra import summarize
 from circuits_jax.circuits.token_space import TokenCircuit, key_preference, token_ov, token_qk
 from circuits_jax.circuits.weights import CircuitWeights
@@ -125,9 +125,7 @@ def _on_text(
     """Patterns uint8 [L,H,B,T,T], and the positions [B T] that activate the leading QK directions."""
     with jax.default_matmul_precision("highest"):
         _, seen = forward(config, params, tokens)
-    rows = normalized(weights, jnp.moveaxis(seen.residual[:, :-1], 1, 0))  # [L,B,T,D]
-    if weights.positions == "shortformer" and weights.W_P is not None:
-        rows = rows + (weights.W_P[..., None, :, :] if weights.W_P.ndim == 3 else weights.W_P)[..., : rows.shape[2], :]
+    rows = qk_rows(weights, jnp.moveaxis(seen.residual[:, :-1], 1, 0))  # [L,B,T,D]
     rows = rows.reshape(config.n_layers, -1, config.d_model)
     n, k = min(N_DIRECTIONS, config.d_head, config.d_model), min(N_EXAMPLES, rows.shape[1])
     found = max_activating(qk(weights), rows, key, n=n, k=k)

@@ -111,8 +111,8 @@ class Arm:
         columns(self.settings)
 
 
-def recorded(settings: StudySettings) -> dict[str, Any]:
-    """The settings that decide the results, as JSON values."""
+def recorded(settings: Any) -> dict[str, Any]:
+    """The settings (a dataclass) that decide the results, as JSON values."""
     values = dataclasses.asdict(settings)
     for name in ("runs_dir", "name", "runs_at_once"):
         values.pop(name, None)

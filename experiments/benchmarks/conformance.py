@@ -97,11 +97,10 @@ def folded_scores(weights: CircuitWeights, residual: Array) -> Array:
         return scores
     circuit = qk_with_bias(dataclasses.replace(weights, positions="none"))
     q, k = rows @ circuit.left, rows @ circuit.right.mT
-    sizes = (
+    q_size, k_size = (
         jnp.sqrt(jnp.square(x / gain[:, None, None]).mean(-1) + weights.norm_epsilon)
         for x, gain in ((q, weights.q_gain), (k, weights.k_gain))
     )
-    q_size, k_size = sizes
     return scores / (q_size[..., :, None] * k_size[..., None, :])
 
 
