@@ -20,8 +20,11 @@ from circuits_jax.circuits import (
     token_space,
 )
 from circuits_jax.heads import (
+    alignment,
     attribution,
     circuit_quality,
+    claim_verdicts,
+    claims,
     comparison,
     composition_evidence,
     direct_effects,
@@ -37,8 +40,15 @@ from circuits_jax.heads import (
     outcomes,
     patching,
     patterns,
+    portraits,
+    published,
     realisation,
     recall,
+    role_edges,
+    role_effects,
+    role_evidence,
+    role_rows,
+    role_structure,
     signatures,
     structure,
     taxonomy,
@@ -48,15 +58,20 @@ from circuits_jax.heads import (
 )
 from circuits_jax.models import graph, interventions, planted, planted_recipes, position_wise, residual, rotary
 from circuits_jax.tasks import (
+    agreement,
     batch,
     designed,
     gaussian_exemplars,
+    ioi,
     markov_chains,
     parent_graph,
     text,
     trigger_bigrams,
+    wording,
 )
+from circuits_jax.tasks.agreement import Agreement
 from circuits_jax.tasks.gaussian_exemplars import GaussianExemplars
+from circuits_jax.tasks.ioi import IOI
 from circuits_jax.tasks.markov_chains import MarkovChains
 from circuits_jax.tasks.parent_graph import ParentGraph
 from circuits_jax.tasks.repeated_tokens import RepeatedTokens
@@ -86,6 +101,7 @@ ROTARY = jax.eval_shape(
     WEIGHTS,
 )
 CIRCUIT = cj.LowRank(array(L, H, 8, 4), array(L, H, 4, 8))
+LAYER_CIRCUIT = cj.LowRank(array(H, 8, 4), array(H, 4, 8))
 TOKEN_CIRCUIT = cj.TokenCircuit(array(20, 8), CIRCUIT, array(8, 20))
 SQUARE, VALUES, SIGMA = array(L, H, 4, 4), array(L, H, 4, dtype=np.complex64), array(L, H, 4)
 ATTENTION = array(L, H, T, T)
@@ -118,6 +134,26 @@ STRUCTURE = jax.eval_shape(
 RECIPE = planted_recipes.recipes("learned")["basic"]
 CHAINS = MarkovChains(array(), n_context=T)
 GRAPH = ParentGraph(array(T - 2, dtype=np.int32), array())
+NAMES = IOI(
+    array(2, T, dtype=np.int32), array(6, dtype=np.int32), array(2, dtype=np.int32), array(2, dtype=np.int32), array(),
+    n_vocab=V,
+)  # fmt: skip
+NUMBERS = Agreement(
+    array(2, T, dtype=np.int32), array(2, dtype=np.int32), array(3, 2, dtype=np.int32), array(2, 2, dtype=np.int32),
+    array(2, dtype=np.int32), V, array(), array(),
+)  # fmt: skip
+NAMED, NUMBERED = (jax.eval_shape(type(task).sample, task, KEY) for task in (NAMES, NUMBERS))
+CLASSES, R, AT, CHANGE = 3, 2, array(B, dtype=np.int32), array(L, B, 8)
+ASKED, PAIRS = role_rows.Asked(AT, AT, AT, AT), role_rows.Pairs(BATCH.tokens, BATCH.tokens, AT, AT, AT, AT)
+ROWS_OF_PROMPTS = role_rows.Rows(array(L, B, T, 8), array(L, B, T, 8))
+QUESTIONS = role_rows.Questions(
+    ASKED, ASKED, PAIRS, PAIRS, PAIRS, array(dtype=bool), array(dtype=bool), array(dtype=np.int32),
+    array(dtype=np.int32), array(CLASSES, 2, dtype=np.int32), AT,
+)  # fmt: skip
+JUDGED = cj.Batch(BATCH.tokens, BATCH.mask, dict.fromkeys(("at", "right", "wrong"), AT))
+PROMPTS = role_rows.Prompts(JUDGED, JUDGED, jax.tree.map(lambda x: array(R, *x.shape, dtype=x.dtype), QUESTIONS))
+WATCHED = (JUDGED, AT, AT, array(B, 8), array(B, 8), array(B, 8))
+HEAD_PLACE = array(2, dtype=np.int32)
 SWEPT_TASK = jax.tree.map(lambda leaf: array(dtype=np.asarray(leaf).dtype.name.replace("64", "32")), TASK)
 
 # name -> (function, its arguments); static arguments are closed over.
@@ -490,6 +526,101 @@ TABLE = {
     "recall.output_recall": (recall.output_recall, (WEIGHTS,)),
     "recall.previous_recall": (recall.previous_recall, (WEIGHTS, QUERIES)),
     "recall.match_recall": (recall.match_recall, (ROTARY, array(3, dtype=np.int32))),
+    "alignment.covariance_root": (alignment.covariance_root, (ROWS_OF_PROMPTS.qk, AT)),
+    "alignment.gain": (alignment.gain, (array(CLASSES, 8), LAYER_CIRCUIT)),
+    "alignment.trace": (
+        lambda x, circuit, y: alignment.trace(x, circuit, y=y),
+        (array(CLASSES, 8), LAYER_CIRCUIT, array(CLASSES, 8)),
+    ),
+    "alignment.top_overlap": (alignment.top_overlap, (array(CLASSES, 8), array(H, 8, 2))),
+    "alignment.of_classes": (
+        lambda changes, was, root, circuits, key: alignment.of_classes(
+            changes, was, was, CLASSES, root, circuits, None, 1, key, 3
+        ),
+        (CHANGE, AT, array(L, 8, 8), CIRCUIT, KEY),
+    ),
+    "alignment.of_classes, both sides": (
+        lambda changes, was, root, circuits, other, sign, key: alignment.of_classes(
+            changes, was, was, CLASSES, root, circuits, other, sign, key, 3
+        ),
+        (CHANGE, AT, array(L, 8, 8), CIRCUIT, array(L, CLASSES, 8), array(dtype=np.int32), KEY),
+    ),
+    "alignment.preference": (
+        lambda scores, reading, contrast, root, asked, key: alignment.preference(
+            scores, reading, contrast, root, asked, key, 3
+        ),
+        (array(L, H, B, T), array(L, H, B, 8), CHANGE, array(L, 8, 8), ASKED, KEY),
+    ),
+    "alignment.against": (alignment.against, (array(dtype=np.int32), SHARE, array(L, 5, H), array(L, 5, H))),
+    "alignment.nothing": (lambda: alignment.nothing((L, H)), ()),
+    "alignment.upper_share": (alignment.upper_share, (SHARE, array(L, 5, H))),
+    "role_rows.read_rows": (role_rows.read_rows, (WEIGHTS, array(B, L, T, 8))),
+    "role_rows.at": (role_rows.at, (ROWS_OF_PROMPTS.qk, AT)),
+    "role_rows.words_up_to": (lambda query: role_rows.words_up_to(query, T), (AT,)),
+    "role_rows.others": (lambda asked: role_rows.others(asked, T), (ASKED,)),
+    "role_rows.contrasts": (role_rows.contrasts, (ROWS_OF_PROMPTS.qk, ASKED)),
+    "role_rows.frame_means": (role_rows.frame_means, (CHANGE, AT, AT)),
+    "role_rows.class_effects": (
+        lambda changes, was, becomes: role_rows.class_effects(changes, was, becomes, CLASSES),
+        (CHANGE, AT, AT),
+    ),
+    "role_rows.class_answers": (role_rows.class_answers, (array(8, V), QUESTIONS.answers)),
+    "role_rows.other_classes": (role_rows.other_classes, (AT,)),
+    "role_effects.attention_between": (role_effects.attention_between, (SEEN, AT, AT)),
+    "role_effects.with_other_query": (role_effects.with_other_query, (ROTARY, ROWS_OF_PROMPTS.qk, AT, CHANGE)),
+    "role_effects.with_other_key": (role_effects.with_other_key, (ROTARY, ROWS_OF_PROMPTS.qk, AT, AT, CHANGE)),
+    "role_effects.with_other_value": (role_effects.with_other_value, (WEIGHTS, array(B, L, H), CHANGE)),
+    "role_effects.query_scores": (role_effects.query_scores, (ROTARY, CHANGE, AT, ROWS_OF_PROMPTS.qk)),
+    "role_effects.swapped": (role_effects.swapped, (array(L, CLASSES, 8), AT, AT)),
+    "role_effects.last_residual": (role_effects.last_residual, (SEEN, JUDGED)),
+    "role_effects.readers": (
+        role_effects.readers,
+        (WEIGHTS, array(B, 8), array(B, 2, dtype=np.int32), array(B, 2, dtype=np.int32)),
+    ),
+    "role_effects.with_scores": (
+        lambda p, watched, added, place: role_effects.with_scores(
+            CONFIG, p, role_effects.Watched(*watched), added, place
+        ),
+        (PARAMS, WATCHED, array(B, T), HEAD_PLACE),
+    ),
+    "role_effects.with_output": (
+        lambda p, watched, output, place: role_effects.with_output(
+            CONFIG, p, role_effects.Watched(*watched), output, place
+        ),
+        (PARAMS, WATCHED, array(B, 8), HEAD_PLACE),
+    ),
+    "role_effects.blocked": (lambda key: role_effects.blocked(T, key), (AT,)),
+    "role_structure.structure": (
+        lambda weights, known, change, asked, key: role_structure.structure(
+            weights, known, *[role_structure.Changes(change, change, change)] * 2, asked, 3, key
+        ),
+        (ROTARY, ROWS_OF_PROMPTS, CHANGE, QUESTIONS, KEY),
+    ),
+    "role_evidence.role_structures": (
+        lambda params, prompts, key: role_evidence.role_structures(CONFIG, params, prompts, key, 3),
+        (PARAMS, PROMPTS, KEY),
+    ),
+    "role_evidence.role_behaviours": (
+        lambda params, prompts, places: role_evidence.role_behaviours(CONFIG, params, prompts, places),
+        (PARAMS, PROMPTS, array(3, 2, dtype=np.int32)),
+    ),
+    "published.published_scores": (
+        lambda params, names, key: published.published_scores(CONFIG, params, names, 0, key),
+        (PARAMS, array(3, dtype=np.int32), KEY),
+    ),
+    "IOI.sample": (IOI.sample, (NAMES, KEY)),
+    "IOI.with_other_io": (IOI.with_other_io, (NAMES, NAMED, KEY)),
+    "IOI.with_other_s": (IOI.with_other_s, (NAMES, NAMED, KEY)),
+    "IOI.with_orders_swapped": (IOI.with_orders_swapped, (NAMES, NAMED)),
+    "IOI.unrelated": (IOI.unrelated, (NAMES, NAMED, KEY)),
+    "IOI.halves": (IOI.halves, (NAMES,)),
+    "IOI.changed": (lambda task, one, key: task.changed(one, "s_name", key), (NAMES, NAMED, KEY)),
+    "Agreement.sample": (Agreement.sample, (NUMBERS, KEY)),
+    "Agreement.with_other_number": (Agreement.with_other_number, (NUMBERS, NUMBERED)),
+    "Agreement.with_other_attractor": (Agreement.with_other_attractor, (NUMBERS, NUMBERED)),
+    "Agreement.with_other_noun": (Agreement.with_other_noun, (NUMBERS, NUMBERED, KEY)),
+    "Agreement.halves": (Agreement.halves, (NUMBERS,)),
+    "Agreement.changed": (lambda task, one, key: task.changed(one, "noun", key), (NUMBERS, NUMBERED, KEY)),
     "trajectory.behaviour": (
         lambda params, batch, changes: trajectory.behaviour(CONFIG, params, batch, changes),
         (PARAMS, BATCH, CHANGES),
@@ -536,6 +667,12 @@ EIGENVALUES = {
         lambda weights, queries, key: comparison.scores_of_heads(weights, queries, 3.0, key, None),
         (WEIGHTS, QUERIES, KEY),
     ),
+    "portraits.portrait": (
+        lambda circuit, rows, means: portraits.portrait(
+            circuit, *[portraits.Dictionary(rows, {"number": means})] * 2, n=2, k=3
+        ),
+        (CIRCUIT, ROWS, array(CLASSES, 8)),
+    ),
     "evidence.from_spectra": (lambda params: evidence.from_spectra(CONFIG, params), (PARAMS,)),
     "evidence.everything": (
         lambda params, batch, queries, key: evidence.everything(CONFIG, params, batch, queries, 3.0, key),
@@ -549,13 +686,24 @@ NOT_JITTABLE = {
     "position_wise.initializer": "a function of keys, for Linen",
     "outcomes.check_metric": "raises on a config, returns nothing",
     "signatures.usual_distractors": "a Python number",
+    "Agreement.validate": "raises on plain numbers, returns nothing",
     "GaussianExemplars.validate": "raises on plain numbers, returns nothing",
+    "IOI.validate": "raises on plain numbers, returns nothing",
     "MarkovChains.validate": "raises on plain numbers, returns nothing",
     "ParentGraph.validate": "raises on plain numbers, returns nothing",
     "RepeatedTokens.validate": "raises on plain numbers, returns nothing",
     "Text.validate": "raises on plain numbers, returns nothing",
     "TriggerBigrams.validate": "raises on plain numbers, returns nothing",
     "trigger_bigrams.bigrams_of_text": "counts on the host",
+    "agreement.agreement_tokenized": "asks a tokenizer",
+    "agreement.agreement_words": "asks a tokenizer",
+    "ioi.ioi_tokenized": "asks a tokenizer",
+    "ioi.ioi_words": "asks a tokenizer",
+    "wording.padded": "NumPy on the host",
+    "wording.single_tokens": "asks a tokenizer",
+    "wording.slotted_templates": "asks a tokenizer",
+    "wording.word_encode": "words",
+    "wording.word_vocabulary": "words",
     "text.compact": "NumPy on the host",
     "text.installed_documentation": "reads files",
     "text.read_files": "reads files",
@@ -596,6 +744,25 @@ NOT_JITTABLE = {
     "quality": "asks sets of edges from the host; edge_sets.value_of is what runs on a device",
     "Recipe.reads": "plain Python on a recipe",
     "Recipe.works": "plain Python on a recipe",
+    "claim_verdicts.behaviour": "NumPy on the host",
+    "claim_verdicts.clearest": "NumPy on the host",
+    "claim_verdicts.falls": "NumPy on the host",
+    "claim_verdicts.half_evidence": "picks from NumPy arrays",
+    "claim_verdicts.interval": "NumPy on the host",
+    "claim_verdicts.judge": "NumPy on the host",
+    "claim_verdicts.least": "a Python number",
+    "claim_verdicts.least_p_against": "NumPy on the host",
+    "claim_verdicts.lost": "NumPy on the host",
+    "claim_verdicts.moved": "NumPy on the host",
+    "claim_verdicts.of_role": "picks from NumPy arrays",
+    "claim_verdicts.summed_up": "names",
+    "claim_verdicts.truth": "NumPy on the host",
+    "claims.load_claim": "reads files",
+    "claims.places_in": "checks a tuple",
+    "claims.shipped": "names of files",
+    "published.compared": "NumPy on the host",
+    "role_edges.edge_evidence": "makes a list on the host, pair by pair; alignment.of_classes runs on a device",
+    "role_evidence.check_model": "raises on a config and tokens, returns nothing",
     "taxonomy.judge": "NumPy on the host",
     "taxonomy.judge_stacked": "NumPy on the host",
     "taxonomy.reports": "makes reports on the host",
@@ -635,14 +802,16 @@ def test_every_public_function_is_in_the_table():
     public = {name for name in cj.__all__ if not inspect.isclass(getattr(cj, name))}
     classes = [getattr(cj, name) for name in cj.__all__ if inspect.isclass(getattr(cj, name))]
     modules = [
-        attention, attribution, batch, circuit_quality, comparison, composition, composition_evidence, designed,
-        direct_effects, directions, discovery, edge_effects, edge_sets, effects, eigenvalues, eigenvectors, evidence,
-        gaussian_exemplars, graph, ideal_inputs, interventions, loss_drop, low_rank, markov_chains, nulls,
-        orthonormalisation, outcomes, parent_graph, patching, paths, patterns, planted, planted_recipes,
-        position_wise, reading, realisation, recall, residual, rotary, setting, signatures, spectra, structure,
-        taxonomy, text, token_space, trajectory, trigger_bigrams, type_evidence, value_scores,
+        agreement, alignment, attention, attribution, batch, circuit_quality, claim_verdicts, claims,
+        comparison, composition, composition_evidence, designed, direct_effects, directions, discovery,
+        edge_effects, edge_sets, effects, eigenvalues, eigenvectors, evidence, gaussian_exemplars, graph,
+        ideal_inputs, interventions, ioi, loss_drop, low_rank, markov_chains, nulls, orthonormalisation,
+        outcomes, parent_graph, patching, paths, patterns, planted, planted_recipes, portraits, position_wise,
+        published, reading, realisation, recall, residual, role_edges, role_effects, role_evidence, role_rows,
+        role_structure, rotary, setting, signatures, spectra, structure, taxonomy, text, token_space,
+        trajectory, trigger_bigrams, type_evidence, value_scores, wording,
     ]  # fmt: skip
-    tasks = (GaussianExemplars, MarkovChains, ParentGraph, RepeatedTokens, Text, TriggerBigrams)
+    tasks = (Agreement, GaussianExemplars, IOI, MarkovChains, ParentGraph, RepeatedTokens, Text, TriggerBigrams)
     for owner in (*classes, *tasks, *modules):
         short = owner.__name__.rsplit(".", 1)[-1]
         public |= {f"{short}.{name}" for name in functions_of(owner) if name not in cj.__all__}
