@@ -98,8 +98,8 @@ class Settings(study.StudySettings):
     """Updates between two measurements of the loss."""
     prompts: int | None = None
     """Judged prompts; 512, or 128 with --model, when left out."""
-    estimation: int = 256
-    """Prompts, and pairs, from which directions come."""
+    estimation: int | None = None
+    """Prompts, and pairs, from which directions come; 256, or 128 with --model, when left out."""
     draws: int = 999
     """Of each null."""
     key: int = 0
@@ -110,7 +110,12 @@ class Settings(study.StudySettings):
     @property
     def n_judged(self) -> int:
         """How many prompts are judged."""
-        return self.prompts or (128 if self.model else 512)
+        return (128 if self.model else 512) if self.prompts is None else self.prompts
+
+    @property
+    def n_known(self) -> int:
+        """From how many prompts directions come."""
+        return (128 if self.model else 256) if self.estimation is None else self.estimation
 
 
 class ArmPlan(NamedTuple):
@@ -139,8 +144,7 @@ class Plan:
 
 def prepare(settings: Settings) -> Plan:
     """Raises ValueError for settings that make no sense, and for models and claims that do not fit."""
-    if settings.prompts is None:
-        settings = dataclasses.replace(settings, prompts=settings.n_judged)
+    settings = dataclasses.replace(settings, prompts=settings.n_judged, estimation=settings.n_known)
     for name, least in (("prompts", 8), ("estimation", 8), ("draws", 19), ("key", 0), ("n_names", 12)):
         if getattr(settings, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}; got {getattr(settings, name)}")
@@ -151,7 +155,7 @@ def prepare(settings: Settings) -> Plan:
     if settings.smoke:
         settings = dataclasses.replace(
             settings, seeds=min(settings.seeds, 2), steps=min(settings.steps, 20), measure_every=20,
-            prompts=min(settings.n_judged, 64), estimation=min(settings.estimation, 64), draws=min(settings.draws, 49),
+            prompts=min(settings.n_judged, 64), estimation=min(settings.n_known, 64), draws=min(settings.draws, 49),
         )  # fmt: skip
     folder = study.prepare(settings, "weight_spectra")
     if settings.model:
@@ -250,7 +254,7 @@ def train_and_judge(console: Console, plan: Plan) -> dict[str, Any]:
         for arm in plan.arms:
             keys = jax.random.split(jax.random.fold_in(jax.random.key(study.TASK_SEED), settings.key), 4)
             prompts, apart = (
-                claim_prompts(arm.task, arm.claim, key, settings.n_judged, settings.estimation) for key in keys[:2]
+                claim_prompts(arm.task, arm.claim, key, settings.n_judged, settings.n_known) for key in keys[:2]
             )
             for kind in KINDS:
                 if kind == "untrained":
@@ -372,7 +376,7 @@ def judge_model(console: Console, plan: Plan) -> dict[str, Any]:
     with console.status("evidence") as status:
         for claim, task, wording in plan.claims:
             status.update(f"{claim.name}: evidence")
-            prompts: Prompts = claim_prompts(task, claim, keys[0], settings.n_judged, settings.estimation)
+            prompts: Prompts = claim_prompts(task, claim, keys[0], settings.n_judged, settings.n_known)
             found = judged(model.config, params, claim, prompts, keys[1], settings.draws)
             status.update(f"{claim.name}: spectra")
             words = _word_names(wording) if model.tokenizer is None else lambda token: model.tokenizer.decode([token])

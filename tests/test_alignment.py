@@ -217,6 +217,17 @@ def test_covariance_p_is_uniform_where_classes_lie_anywhere_among_the_words(join
     uniform(got, "covariance_p")
 
 
+@pytest.mark.parametrize("n", [2, C])
+def test_rotation_p_is_uniform_over_random_heads_however_well_classes_are_told(n):
+    (was, becomes), heads = pairs(26, 40, n), circuits(27, MANY, 2)
+    effects, other = (centred(normal(seed, MANY, n, D)) for seed in (28, 29))
+    changes = effects[:, becomes] - effects[:, was]
+    got = of_classes(changes, was, becomes, n, roots(MANY), heads, other, 1, jax.random.key(3), 19)
+    uniform(got, "rotation_p")
+    reads = of_classes(changes, was, becomes, n, roots(MANY), heads, None, 1, jax.random.key(3), 19)
+    np.testing.assert_array_equal(reads.rotation_p, 1)
+
+
 def test_a_head_that_joins_names_has_the_least_p_and_its_negative_on_the_other_side():
     """W_OV = sum of name^T answer, among random heads; half of the names never come."""
     names, answers = jnp.linalg.qr(normal(24, 16, 16))[0][:8], normal(25, 8, 16)

@@ -305,8 +305,8 @@ def made_structures(p, value=4.0, embedded_p=0.5, embedded_value=4.0):
         ones = np.ones((n_roles, 1, n_heads))
         of_p = ones.copy()
         of_p[0, 0] = p
-        aligned = Aligned(value * ones, of_p, of_p, ones, ones)
-        sure = Aligned(ones, 1e-6 * ones, 1e-6 * ones, ones, ones)
+        aligned = Aligned(value * ones, of_p, of_p, ones, ones, of_p)
+        sure = Aligned(ones, 1e-6 * ones, 1e-6 * ones, ones, ones, 1e-6 * ones)
         return Structure(aligned, aligned, sure, ones, ones, ones)
 
     return Structures(part(np.asarray(p), value), part(np.broadcast_to(embedded_p, n_heads), embedded_value))

@@ -6,12 +6,13 @@
             x W y^T sqrt(D) / ||W||_F for the unit contrasts x and y.
 
 The nulls: the same of directions drawn from the covariance of all words that the layer reads; the same with the labels
-of prompts permuted; and the other heads of the layer, of which all is measured alike.
+of prompts permuted; of traces the same head turned at random; and the other heads of the layer, of which all is
+measured alike.
 
 Effects of permuted classes lie in the same directions as the true ones (they are mixtures of the same words) and are
 shorter. So that chance shows, they are measured at the length of the true ones. This null is of what chance makes of
 labels, not of weights: where the classes are told well, it is beaten by every gain, and by the traces of half of all
-random heads, those of the claimed sign. That weights fit the classes is for the other two to say. The null of the
+random heads, those of the claimed sign. That weights fit the classes is for the others to say. The null of the
 covariance is strict where training made rows vary along what heads read: a head that reads the leading direction of
 their variance beats few of its draws, and yet reads it.
 """
@@ -26,7 +27,7 @@ from jax import Array
 from circuits_jax.circuits import orthonormalisation
 from circuits_jax.circuits.linear_algebra import einsum, matmul
 from circuits_jax.circuits.low_rank import LowRank
-from circuits_jax.heads.nulls import ROUNDING
+from circuits_jax.heads.nulls import ROUNDING, upper_p
 from circuits_jax.heads.role_rows import Asked, class_effects, others, words_up_to
 
 
@@ -41,6 +42,7 @@ class Aligned:
             side. 1 for a head of zero weights.
         z: [L,H] the value in standard deviations of the null of the labels; 0 where that does not vary.
         rank: int [L,H], its place among the heads of its layer on the claimed side, 0 for the first.
+        rotation_p: [L,H] in [0, 1], one-sided, of traces: against the same head turned at random; 1 for others.
     """
 
     value: Array
@@ -48,6 +50,7 @@ class Aligned:
     label_p: Array
     z: Array
     rank: Array
+    rotation_p: Array
 
 
 def covariance_root(rows: Array, query: Array) -> Array:
@@ -80,6 +83,16 @@ def trace(x: Array, circuit: LowRank, size: Array | None = None, *, y: Array) ->
 def top_overlap(directions: Array, vectors: Array) -> Array:
     """Share of the energy of X [C,D] within the span of orthonormal vectors [H,D,r]: [H] in [0, 1]."""
     return _ratio(jnp.square(matmul(directions, vectors)).sum((-2, -1)), jnp.square(directions).sum())
+
+
+def rotation_z(value: Array, x: Array, y: Array) -> Array:
+    """A trace in standard deviations of the same head turned at random: value sqrt(D) ||X|| ||Y|| / ||X^T Y||.
+
+    For W turned at random tr(X W Y^T) has mean 0 and mean square ||X^T Y||^2 ||W||^2 / D^2 (nulls.random_rotation); it
+    is about normal.
+    """
+    joint = jnp.sqrt(jnp.abs(jnp.sum(matmul(x, x.T) * matmul(y, y.T))))
+    return _ratio(value * x.shape[-1] ** 0.5 * jnp.linalg.norm(x) * jnp.linalg.norm(y), joint)
 
 
 def _ratio(x: Array, by: Array) -> Array:
@@ -130,7 +143,12 @@ def of_classes(
         return statistic(own), by_covariance, jax.lax.map(of_permuted, order, batch_size=64)
 
     keys = jax.random.split(covariance_key, len(changes))
-    return against(sign, *jax.lax.map(of_layer, (changes, root, circuits, other, keys)))
+    found = against(sign, *jax.lax.map(of_layer, (changes, root, circuits, other, keys)))
+    if other is None:
+        return found
+    own = class_effects(changes, was, becomes, n_classes)
+    turned = upper_p(sign * jax.vmap(rotation_z)(found.value, own, other))
+    return dataclasses.replace(found, rotation_p=jnp.where(found.value == 0, 1.0, turned))
 
 
 def preference(
@@ -182,13 +200,13 @@ def against(sign: Array | int, value: Array, by_covariance: Array, by_labels: Ar
     spread = by_labels.std(1, ddof=1)
     z = _ratio(value - by_labels.mean(1), jnp.where(spread <= ROUNDING * jnp.abs(by_labels).max(1), 0.0, spread))
     rank = (sign * value[:, None, :] > sign * value[:, :, None]).sum(-1)
-    return Aligned(value, covariance_p, label_p, z, rank)
+    return Aligned(value, covariance_p, label_p, z, rank, jnp.ones_like(value))
 
 
 def nothing(shape: tuple[int, ...]) -> Aligned:
     """Of a statistic that is not asked for: zeros, and p of 1."""
     zeros, ones = jnp.zeros(shape), jnp.ones(shape)
-    return Aligned(zeros, ones, ones, zeros, jnp.zeros(shape, int))
+    return Aligned(zeros, ones, ones, zeros, jnp.zeros(shape, int), ones)
 
 
 def upper_share(value: Array, draws: Array) -> Array:

@@ -6,9 +6,9 @@ one is shown not to, and "undetermined" else: a half that is missing is never ma
     predicate   holds when                                                                              establishes
     task        the right answer is preferred to the wrong one, LIMITS["task"] of the time              what to ask
     QK          the key is preferred by LIMITS["preference"] logits and beyond permuted labels, or the  structure
-                same (or another) class is, beyond directions of the covariance too
-    OV          what is moved points to its answers beyond directions of the rows' covariance and       structure
-                permuted labels, or arrives at all beyond permuted labels
+                same (or another) class is, beyond heads turned at random too
+    OV          what is moved points to its answers beyond heads turned at random and permuted labels,  structure
+                or arrives at all beyond permuted labels
     attends     attention from query to key exceeds that to what the key is held against, and chance    realised
     uses QK     with the direction swapped at k (at q), attention to the key falls and so does the      causal
                 logit difference, by LIMITS["qk"] of it
@@ -18,8 +18,8 @@ Structure is judged at a false discovery rate of RATE over all heads and roles o
 read them or as the embedding holds them, whichever is clearer (p times two). Effects are judged by 95 % intervals over
 prompts; for a claim that a head works against the answer, by rises.
 
-The limits were fixed on seeds that no report uses; see LOG.md. Of preferences the null of the covariance takes no part
-in a verdict (see heads/alignment.py), but in the reading table of reports/head_spectra.py.
+The limits were fixed on seeds that no report uses; see LOG.md. The null of the covariance takes no part in a verdict
+(see heads/alignment.py), but in the reading table of reports/head_spectra.py.
 """
 
 import dataclasses
@@ -147,12 +147,12 @@ def joins(role: Role, half: str) -> bool:
 def clearest(pair: Sequence[Aligned], place: tuple[int, int], limit: float, joined: bool) -> tuple[float, float]:
     """Value and p of the clearer of two, of one that reaches the limit where there is one.
 
-    The p is that of permuted labels, and the larger of both nulls' where classes are joined. What an earlier head
-    erases leaves rounding, of whatever p.
+    The p is that of permuted labels; where classes are joined, that of turned heads if it is larger. What an earlier
+    head erases leaves rounding, of whatever p.
     """
 
     def value_and_p(part: Aligned) -> tuple[float, float]:
-        p = max(part.label_p[place], part.covariance_p[place]) if joined else part.label_p[place]
+        p = max(part.label_p[place], part.rotation_p[place]) if joined else part.label_p[place]
         return float(part.value[place]), float(p)
 
     return min(map(value_and_p, pair), key=lambda found: (found[0] < limit, found[1]))

@@ -73,14 +73,14 @@ def judged(
     places = np.array(sorted({place for role in claim.roles for place in claim.places(role, n_layers, n_heads)}))
     index = {tuple(place): i for i, place in enumerate(places.tolist())}
     structures = jax.tree.map(np.asarray, role_structures(config, params, prompts, key, n_draws))
-    behaviours = jax.tree.map(np.asarray, role_behaviours(config, params, prompts, jnp.asarray(places)))
+    behaviours = claimed_behaviours(config, params, claim, prompts, places)
     verdicts = claim_verdicts.judge(claim, structures, behaviours, places)
     truth = None
     does_task = float((behaviours.difference[0] > 0).mean())
     if apart is not None and does_task < claim_verdicts.LIMITS["task"] - CLEAR:
         truth = [False] * len(verdicts)  # as claim_verdicts.truth says of a model that does not do the task
     elif apart is not None:
-        others = jax.tree.map(np.asarray, role_behaviours(config, params, apart, jnp.asarray(places)))
+        others = claimed_behaviours(config, params, claim, apart, places)
         number = {role: r for r, role in enumerate(claim.roles)}
         truth = [
             claim_verdicts.truth(
@@ -89,6 +89,37 @@ def judged(
             for v in verdicts
         ]
     return Judged(verdicts, truth, structures, behaviours)
+
+
+def claimed_behaviours(
+    config: TransformerConfig, params: Params, claim: Claim, prompts: Prompts, places: np.ndarray
+) -> Behaviour:
+    """role_behaviours as NumPy arrays; a head that is not said to have a role is not disturbed in it, and NaN there.
+
+    Where each head is asked about each role, all in one program; else role by role, for in a large model runs are dear.
+    """
+    asked = [np.array(claim.places(role, config.n_layers, config.n_heads)) for role in claim.roles]
+    if all(len(heads) == len(places) for heads in asked):
+        return jax.tree.map(np.asarray, role_behaviours(config, params, prompts, jnp.asarray(places)))
+    index = {tuple(place): i for i, place in enumerate(places.tolist())}
+    found = []
+    for r, heads in enumerate(asked):
+        question = jax.tree.map(lambda x, r=r: x[r : r + 1], prompts.questions)
+        alone = dataclasses.replace(prompts, questions=question)
+        of_claimed = jax.tree.map(np.asarray, role_behaviours(config, params, alone, jnp.asarray(heads)))
+        rows = [index[tuple(place)] for place in heads.tolist()]
+
+        def among_all(seen: np.ndarray, rows: list[int] = rows) -> np.ndarray:
+            out = np.full((1, len(places), *seen.shape[2:]), np.nan, seen.dtype)
+            out[:, rows] = seen
+            return out
+
+        disturbed = (of_claimed.by_direction, of_claimed.blocked, of_claimed.by_counterfactual)
+        by_direction, blocked, real = jax.tree.map(among_all, disturbed)
+        found.append(
+            dataclasses.replace(of_claimed, by_direction=by_direction, blocked=blocked, by_counterfactual=real)
+        )
+    return jax.tree.map(lambda *x: np.concatenate(x), *found)
 
 
 def analysis(

@@ -160,7 +160,7 @@ def _alignment_table(heads: Sequence[Json]) -> Table:
 
 
 def _aligned(statistic: Json) -> str:
-    said = [f"p {_number(statistic[f'{null}_p'], 2)} ({null})" for null in ("covariance", "label")
+    said = [f"p {_number(statistic[f'{null}_p'], 2)} ({null})" for null in ("covariance", "label", "rotation")
             if f"{null}_p" in statistic]  # fmt: skip
     if statistic.get("rank") is not None:
         said.append(f"place {statistic['rank'] + 1}")
