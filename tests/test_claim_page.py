@@ -207,17 +207,17 @@ def test_alignment_is_shown_with_its_nulls(shown):
 
 def test_edges_are_shown_where_there_are_some():
     edge = {"sender": "0.1", "sender_role": "induction <i>", "receiver": "1.0", "receiver_role": "name mover",
-            "input": "q", "sign": -1, "value": -1.234, "covariance_p": 0.3, "label_p": 0.001, "z": -7.5,
-            "supported": True}  # fmt: skip
+            "input": "q", "sign": -1, "value": -1.234, "covariance_p": 0.3, "label_p": 0.001, "rotation_p": 0.002,
+            "z": -7.5, "supported": True}  # fmt: skip
     decoy = edge | {"sender": "0.0", "input": "v", "sign": 1, "value": None, "supported": False}
     found = made_results()["analyses"][0] | {"edges": [decoy, edge]}
     read = Read("".join(claim_page.sections({"analyses": [found], "instrument": []})[0][1]))
     assert read.folds[-1] == "Edges: 1 of 2 pairs of heads supported"
     assert read.tables[-1][1:] == [
-        ["0.1", "induction <i>", "1.0", "name mover", "q", "−", "-1.23", "0.3", "0.001", "-7.5", "yes"],
-        ["0.0", "induction <i>", "1.0", "name mover", "v", "+", "–", "0.3", "0.001", "-7.5", "no"],
+        ["0.1", "induction <i>", "1.0", "name mover", "q", "−", "-1.23", "0.3", "0.001", "0.002", "-7.5", "yes"],
+        ["0.0", "induction <i>", "1.0", "name mover", "v", "+", "–", "0.3", "0.001", "0.002", "-7.5", "no"],
     ]
-    assert {len(row) for row in read.tables[-1]} == {11}
+    assert {len(row) for row in read.tables[-1]} == {12}
     assert "i" not in read.tags
     without = claim_page.sections({"analyses": [found | {"edges": []}], "instrument": []})[0][1]
     assert len(Read("".join(without)).tables) == len(read.tables) - 1

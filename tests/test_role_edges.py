@@ -150,7 +150,7 @@ def test_rows_are_all_pairs_with_the_receiver_in_a_later_layer(found):
     for row in found:
         assert set(row) == {
             "sender", "sender_role", "receiver", "receiver_role", "input", "sign", "value", "covariance_p", "label_p",
-            "z", "supported",
+            "rotation_p", "z", "supported",
         }  # fmt: skip
         assert type(row["value"]) is float
         assert type(row["supported"]) is bool

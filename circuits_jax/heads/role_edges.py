@@ -37,6 +37,8 @@ from circuits_jax.models.config import TransformerConfig
 from circuits_jax.models.transformer import Params
 from circuits_jax.tasks.batch import Batch
 
+STATISTICS = ("value", "covariance_p", "label_p", "rotation_p", "z")
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +73,9 @@ def edge_evidence(
         n_draws: of each null. No p is below 1 / (1 + n_draws): where k of M pairs are to be found, at least 20 M / k.
 
     Returns:
-        For each pair sender and receiver ("7.3"), sender_role and receiver_role, input, sign, and value, covariance_p,
-        label_p and z as in Aligned; supported, where label_p stands at a false discovery rate of RATE over all pairs.
+        For each pair sender and receiver ("7.3"), sender_role and receiver_role, input, sign, and STATISTICS as in
+        Aligned; supported, where label_p, and of traces rotation_p too, stand at a false discovery rate of RATE over
+        all pairs.
 
     Raises:
         ValueError: bad tokens, a post-norm model or an encoder, or a head that the model has not.
@@ -107,10 +110,12 @@ def edge_evidence(
                 "receiver_role": edge.receiver,
                 "input": edge.input,
                 "sign": edge.sign,
-                **{name: float(getattr(found, name)[0, 0]) for name in ("value", "covariance_p", "label_p", "z")},
+                **{name: float(getattr(found, name)[0, 0]) for name in STATISTICS},
             }
         )
-    supported = benjamini_hochberg(jnp.array([row["label_p"] for row in rows]), RATE)
+    joins = [edge.input != "v" or claim.roles[edge.receiver].to == "logits" for edge, *_ in pairs]
+    p = [max(row["label_p"], row["rotation_p"] * joined) for row, joined in zip(rows, joins, strict=True)]
+    supported = benjamini_hochberg(jnp.array(p), RATE)
     return [row | {"supported": bool(yes)} for row, yes in zip(rows, np.asarray(supported), strict=True)]
 
 

@@ -169,11 +169,23 @@ def _aligned(statistic: Json) -> str:
 
 def _edge_table(edges: Iterable[Json]) -> Table:
     """The supported ones first."""
-    header = ["sender", "role", "receiver", "role", "input", "side", "value", "p (covariance)", "p (label)", "z"]
+    header = [
+        "sender",
+        "role",
+        "receiver",
+        "role",
+        "input",
+        "side",
+        "value",
+        "p (covariance)",
+        "p (label)",
+        "p (turned)",
+        "z",
+    ]
     return [*header, "supported"], [
         [edge["sender"], edge["sender_role"], edge["receiver"], edge["receiver_role"], edge["input"]]
         + ["+" if edge["sign"] > 0 else "−"]
-        + [_number(edge[name]) for name in ("value", "covariance_p", "label_p", "z")]
+        + [_number(edge[name]) for name in ("value", "covariance_p", "label_p", "rotation_p", "z")]
         + [WORDS[edge["supported"]]]
         for edge in sorted(edges, key=lambda edge: not edge["supported"])
     ]
