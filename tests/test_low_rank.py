@@ -385,6 +385,13 @@ def test_eigenvectors_of_a_rank_deficient_circuit(seed):
     assert_eigenpairs(circuit.T)
 
 
+def test_eigenvectors_have_length_1_where_factors_have_empty_columns():
+    left = np.random.default_rng(0).normal(size=(8, 4)) * (np.arange(4) < 2)
+    found = eigenpairs(LowRank(*map(jnp.float32, (left, np.random.default_rng(1).normal(size=(4, 8))))))
+    for vectors in (found.left, found.right):
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=-2), 1, atol=1e-5)
+
+
 def test_eigenvectors_of_a_normal_and_of_a_shift_matrix():
     """A pair of planes that turn: condition 1. A shift is as far from normal as can be: its vectors are orthogonal."""
     rng = np.random.default_rng(7)

@@ -246,7 +246,8 @@ class LowRank:
             return jnp.linalg.norm(rest, axis=-2, keepdims=True)
 
         right, left, other = matmul(q, small.right), _unit_columns(matmul(b.mT, small.left)), matmul(q, small.left)
-        left = jnp.where(misfit(left) < misfit(other), left, other)
+        vanishes = jnp.linalg.norm(left, axis=-2, keepdims=True) == 0  # a perfect fit, and no vector
+        left = jnp.where(vanishes | (misfit(left) >= misfit(other)), other, left)
         overlap = jnp.abs(einsum("...mr,...mr->...r", left.conj(), right))
         return small._replace(left=left, right=right, condition=1 / overlap)
 
