@@ -173,9 +173,10 @@ def test_verdicts_follow_from_their_findings(smoke):
         assert head["structural"] == summed_up(head["findings"], STRUCTURE)
         assert len(head["establishes"]) + len(head["does_not_establish"]) == len(PREDICATES)
         for half in ("alignment", "alignment_embedded"):
-            p = [part[name] for part in head[half].values() for name in part if name.endswith("_p")]
-            assert len(p) == 6
-            assert all(1 / 20 <= value <= 1 for value in np.round(p, 6))
+            for null, least in (("covariance", 1 / 20), ("label", 1 / 20), ("rotation", 0)):
+                p = [part[f"{null}_p"] for part in head[half].values() if f"{null}_p" in part]
+                assert len(p) == 3
+                assert all(least <= value <= 1 for value in np.round(p, 6))
     assert {head["truth"] for head in heads} <= {True, False}
 
 
@@ -272,7 +273,7 @@ def refused(refuse, tiny, written, tmp_path):
         (["--n-names", "11"], "--n-names must be at least 12; got 11"),
         (["--n-names", "99"], "--n-names must be at most 40; got 99"),
         (["--seeds", "0"], "--seeds must be at least 1; got 0"),
-        (["--tasks"], "--tasks must name at least one of ioi and sva"),
+        (["--tasks"], "--tasks must name ioi, sva or both, once; got none"),
         (["--claim", "none.json"], "there is no claim none.json: give a JSON file or one of agreement_words, ioi_gpt2"),
         (["--claim", "NO ROLE"], "heads must say who has the role 'duplicate token'"),
         (["--tasks", "sva", "--claim", "ioi_words"], "at most one claim for each of --tasks; got another for ioi"),
