@@ -180,6 +180,7 @@ def behaved(difference=WHOLE, attention=0.8, over=0.1, uniform=0.25, noise=0.0, 
     looks_away = seen(-1.0, -1.0, 0.0)
     by_direction = {"q": looks_away, "k": looks_away, "v": seen(-1.0, -1.0)} | changes.pop("by_direction", {})
     others = {"blocked": seen(-1.0, -1.0, 0.0), "by_counterfactual": seen(-1.0, -1.0)} | changes
+    others |= {"predicted": noisy(attention)[:, None, None]}
     return Behaviour(
         noisy(difference, noise), noisy(attention, noise)[:, None, None], noisy(over)[:, None, None], noisy(uniform),
         by_direction=by_direction, **others,
@@ -318,7 +319,7 @@ def structural(structures, claim):
     one, roles = behaved(), len(claim.roles)
     heads = lambda x: np.repeat(x, n_heads, -1)  # noqa: E731
     each = jax.tree.map(lambda x: np.repeat(x, n_heads, 0), (one.by_direction, one.blocked, one.by_counterfactual))
-    seen = Behaviour(one.difference, heads(one.attention), heads(one.over), one.uniform, *each)
+    seen = Behaviour(one.difference, heads(one.attention), heads(one.over), one.uniform, *each, heads(one.predicted))
     seen = jax.tree.map(lambda x: np.stack([x] * roles), seen)
     verdicts = judge(claim, structures, seen, np.array([(0, head) for head in range(n_heads)]))
     assert [v.role for v in verdicts] == [role for role in claim.roles for _ in range(n_heads)]

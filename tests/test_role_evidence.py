@@ -305,3 +305,16 @@ def test_tokens_that_a_model_has_not_are_refused(prompts):
     batch = dataclasses.replace(prompts.judged, tokens=prompts.judged.tokens + planted.V)
     with pytest.raises(ValueError, match="tokens must be in"):
         role_behaviours(config, params, dataclasses.replace(prompts, judged=batch), jnp.zeros((1, 2), int))
+
+
+@pytest.mark.parametrize("n_known", [1, 2])
+def test_predicted_attention_is_that_of_the_mean_rows_of_a_frame(n_known):
+    """One known prompt that is the judged one: its own attention, exactly. Two prompts: that of neither."""
+    prompts = claim_prompts(TASK, planted.CLAIM, jax.random.key(8), 4, 4)
+    asked = prompts.questions.judged
+    frames = jnp.broadcast_to(jnp.arange(4) // n_known, asked.frame.shape)
+    asked = dataclasses.replace(asked, frame=frames)
+    questions = dataclasses.replace(prompts.questions, known=asked, judged=asked)
+    same = dataclasses.replace(prompts, known=prompts.judged, questions=questions)
+    found = role_behaviours(RANDOM, random_params(RANDOM), same, jnp.array([[0, 1], [1, 0]]))
+    assert np.allclose(found.predicted, found.attention, atol=1e-5) == (n_known == 1)

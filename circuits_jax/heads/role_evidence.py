@@ -13,6 +13,7 @@ from circuits_jax.heads import role_effects
 from circuits_jax.heads.outcomes import run
 from circuits_jax.heads.role_effects import Seen
 from circuits_jax.heads.role_rows import (
+    Asked,
     Pairs,
     Prompts,
     Questions,
@@ -42,6 +43,8 @@ class Behaviour:
         by_direction: {"q", "k", "v": Seen [n,B]} with directions changed.
         blocked: Seen [n,B] without the attention from query to key.
         by_counterfactual: Seen [n,B] with what the head would get from the key of a real prompt.
+        predicted: [B,L,H] attention from the query to the key that weights give at what layers read on average on known
+            prompts of the same frame: what a head does whatever the words.
     """
 
     difference: Array
@@ -51,6 +54,7 @@ class Behaviour:
     by_direction: dict[str, Seen]
     blocked: Seen
     by_counterfactual: Seen
+    predicted: Array
 
 
 @jax.tree_util.register_dataclass
@@ -208,4 +212,16 @@ def _behaviour(
     over = einsum("blht,bt->blh", seen.patterns[prompts, :, :, query], others(asked, judged.tokens.shape[1]))
     at_answer = logits[prompts, judged.positions["at"]]
     difference = at_answer[prompts, right[:, 0]] - at_answer[prompts, wrong[:, 0]]
-    return Behaviour(difference, attention, over, 1 / (query + 1), changed, blocked, real_changed)
+    predicted = _predicted(weights, elsewhere.qk, known, asked)
+    return Behaviour(difference, attention, over, 1 / (query + 1), changed, blocked, real_changed, predicted)
+
+
+def _predicted(weights: CircuitWeights, rows: Array, known: Asked, asked: Asked) -> Array:
+    """Attention [B,L,H] from query to key by rows [L,B,T,D] of known prompts, averaged over those of each frame."""
+    n_layers, n, length, d_model = rows.shape
+    means = frame_means(rows.reshape(n_layers, n, length * d_model), known.frame, asked.frame)
+    means = means.reshape(n_layers, -1, length, d_model)
+    scores = role_effects.query_scores(weights, at(means, asked.query), asked.query, means)
+    seen = jnp.arange(length) <= asked.query[:, None]
+    attention = jax.nn.softmax(scores, axis=-1, where=seen)
+    return attention[:, :, jnp.arange(len(asked.key)), asked.key].transpose(2, 0, 1)

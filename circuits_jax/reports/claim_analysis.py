@@ -169,7 +169,8 @@ def heads_of(claim: Claim, found: Judged) -> list[dict[str, Any]]:
             "outcome": verdict.outcome,
             "structural": verdict.structural,
             "findings": {name: dataclasses.asdict(finding) for name, finding in verdict.findings.items()},
-            "alignment": _alignment(of_role(found.structures.read, number[verdict.role]), verdict),
+            "alignment": _alignment(of_role(found.structures.read, number[verdict.role]), verdict)
+            | _attention(of_role(found.behaviours, number[verdict.role]), verdict),
             "alignment_embedded": _alignment(of_role(found.structures.embedded, number[verdict.role]), verdict),
             "establishes": [text for name, text in ESTABLISHES.items() if verdict.findings[name].outcome == "yes"],
             "does_not_establish": [
@@ -188,6 +189,15 @@ def _alignment(structure: Any, verdict: Verdict) -> dict[str, Any]:
         statistic: Aligned = getattr(structure, field)
         out[name] = {part: float(x[place]) for part, x in dataclasses.asdict(statistic).items()}
     return dict(sorted(out.items(), key=lambda item: item[0].lower()))
+
+
+def _attention(seen: Behaviour, verdict: Verdict) -> dict[str, Any]:
+    """From query to key, mean over prompts: as it is, and as weights predict it from other prompts of the frame."""
+    place = verdict.layer, verdict.head
+    return {
+        "attention, observed": {"value": float(seen.attention[:, *place].mean())},
+        "attention, predicted": {"value": float(seen.predicted[:, *place].mean())},
+    }
 
 
 def _spectra(
