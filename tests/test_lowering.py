@@ -532,6 +532,7 @@ TABLE = {
         lambda x, circuit, y: alignment.trace(x, circuit, y=y),
         (array(CLASSES, 8), LAYER_CIRCUIT, array(CLASSES, 8)),
     ),
+    "alignment.rotation_z": (alignment.rotation_z, (array(H), array(CLASSES, 8), array(CLASSES, 8))),
     "alignment.top_overlap": (alignment.top_overlap, (array(CLASSES, 8), array(H, 8, 2))),
     "alignment.of_classes": (
         lambda changes, was, root, circuits, key: alignment.of_classes(
@@ -749,6 +750,7 @@ NOT_JITTABLE = {
     "claim_verdicts.falls": "NumPy on the host",
     "claim_verdicts.half_evidence": "picks from NumPy arrays",
     "claim_verdicts.interval": "NumPy on the host",
+    "claim_verdicts.joins": "a Python bool",
     "claim_verdicts.judge": "NumPy on the host",
     "claim_verdicts.least": "a Python number",
     "claim_verdicts.least_p_against": "NumPy on the host",
