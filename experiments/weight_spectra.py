@@ -10,9 +10,9 @@
 A claim says of heads where they look, what decides that, what they move and to whom. For every claimed head and the
 other heads of its layer: leading singular values and eigenvalues of W_QK and W_OV, their directions as tokens and as
 task variables; symmetry and whether it tells positional heads; alignment (A) to (F) with the task's causal variables
-against directions of the rows' covariance, permuted labels and the rest of the layer; attention on task prompts; the
-effect of removing or swapping the directions. Verdicts are supported, not supported or undetermined (what each needs
-stands in heads/claim_verdicts.py); none is supported by weights alone.
+against directions of the rows' covariance, permuted labels, the same head turned at random and the rest of the layer;
+attention on task prompts; the effect of swapping the directions. Verdicts are supported, not supported or undetermined
+(what each needs stands in heads/claim_verdicts.py); none is supported by weights alone.
 
 Without --model small word-level models are trained: IOI in one layer of two heads on the sentence "S IO S to" (the
 setting of arXiv 2510.25013), in two layers on all 15 sentences, agreement with attractors in two layers; the same on
@@ -183,7 +183,7 @@ def _check_claim(claim: Claim, task: Task, config: TransformerConfig) -> None:
         claim.places(role, config.n_layers, config.n_heads)
     for published in claim.published:
         places_in(f"the published {published.score} score names", published.heads, config.n_layers, config.n_heads)
-    claim_prompts(task, claim, jax.random.key(0), 8, 8)
+    claim_prompts(task, claim, jax.random.key(0), 64, 8)  # enough for every kind of sentence to come
 
 
 # --- models that are trained here ---

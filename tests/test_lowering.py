@@ -597,6 +597,10 @@ TABLE = {
         ),
         (ROTARY, ROWS_OF_PROMPTS, CHANGE, QUESTIONS, KEY),
     ),
+    "role_evidence.stream": (
+        lambda params, tokens: role_evidence.stream(CONFIG, params, tokens),
+        (PARAMS, BATCH.tokens),
+    ),
     "role_evidence.role_structures": (
         lambda params, prompts, key: role_evidence.role_structures(CONFIG, params, prompts, key, 3),
         (PARAMS, PROMPTS, KEY),

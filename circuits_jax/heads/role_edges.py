@@ -30,12 +30,10 @@ from circuits_jax.heads.alignment import Aligned
 from circuits_jax.heads.claim_verdicts import RATE
 from circuits_jax.heads.claims import Claim, Input
 from circuits_jax.heads.nulls import benjamini_hochberg
-from circuits_jax.heads.outcomes import run
-from circuits_jax.heads.role_evidence import check_model
+from circuits_jax.heads.role_evidence import check_model, stream
 from circuits_jax.heads.role_rows import Pairs, Prompts, Questions, Rows, at, class_answers, class_effects, read_rows
 from circuits_jax.models.config import TransformerConfig
 from circuits_jax.models.transformer import Params
-from circuits_jax.tasks.batch import Batch
 
 STATISTICS = ("value", "covariance_p", "label_p", "rotation_p", "z")
 
@@ -124,7 +122,7 @@ def _ends(config: TransformerConfig, params: Params, prompts: Prompts) -> Ends:
     weights = CircuitWeights.from_params(config, params)
 
     def rows_of(tokens: Array) -> Rows:
-        return read_rows(weights, run(config, params, Batch(tokens, tokens >= 0, {}))[1].residual[:, :-1])
+        return read_rows(weights, stream(config, params, tokens))
 
     def of_role(asked: Questions) -> tuple[Array, ...]:
         def effects(pairs: Pairs, changes: Array) -> Array:

@@ -106,7 +106,7 @@ def check_model(config: TransformerConfig, prompts: Prompts) -> None:
         check_tokens(config, batch.tokens)
 
 
-def _stream(config: TransformerConfig, params: Params, tokens: Array) -> Array:
+def stream(config: TransformerConfig, params: Params, tokens: Array) -> Array:
     """What stands in front of each layer in prompts [B,T]: [B,L,T,D]."""
     return run(config, params, Batch(tokens, tokens >= 0, {}))[1].residual[:, :-1]
 
@@ -124,12 +124,12 @@ def _role_structures(
     config: TransformerConfig, n_draws: int, params: Params, prompts: Prompts, key: Array
 ) -> Structures:
     weights = CircuitWeights.from_params(config, params)
-    known = _stream(config, params, prompts.known.tokens)
+    known = stream(config, params, prompts.known.tokens)
 
     def of_role(role: tuple[Questions, Array]) -> Structures:
         asked, role_key = role
         streams = [
-            known, *(_stream(config, params, x) for of in (asked.matched, asked.moved) for x in (of.before, of.after)),
+            known, *(stream(config, params, x) for of in (asked.matched, asked.moved) for x in (of.before, of.after)),
         ]  # fmt: skip
 
         def of_streams(streams: list[Array]) -> Structure:
@@ -150,7 +150,7 @@ def _role_structures(
 def _role_behaviours(config: TransformerConfig, params: Params, prompts: Prompts, places: Array) -> Behaviour:
     weights = CircuitWeights.from_params(config, params)
     logits, seen = run(config, params, prompts.judged)
-    known = _stream(config, params, prompts.known.tokens)
+    known = stream(config, params, prompts.known.tokens)
 
     def of_role(questions: Questions) -> Behaviour:
         return _behaviour(config, params, weights, prompts.judged, logits, seen, known, questions, places)
@@ -168,7 +168,7 @@ def _behaviour(
     attention = role_effects.attention_between(seen, query, key)
 
     def effects(pairs: Pairs) -> Changes:
-        changes = _changes(weights, pairs, *(_stream(config, params, x) for x in (pairs.before, pairs.after)))
+        changes = _changes(weights, pairs, *(stream(config, params, x) for x in (pairs.before, pairs.after)))
         classes = pairs.was, pairs.becomes, n_classes
         return Changes(*(class_effects(x, *classes) for x in (changes.query, changes.key, changes.value)))
 
@@ -176,7 +176,7 @@ def _behaviour(
     asks = role_effects.swapped(effects(questions.matched).query, questions.judged_matched, others_of[0])
     moves = role_effects.swapped(effects(questions.moved).value, questions.changed.was, others_of[1])
     contrast = frame_means(contrasts(elsewhere.qk, known), known.frame, asked.frame)
-    real = _changes(weights, questions.changed, seen.residual[:, :-1], _stream(config, params, questions.changed.after))
+    real = _changes(weights, questions.changed, seen.residual[:, :-1], stream(config, params, questions.changed.after))
 
     scores = {
         "q": role_effects.with_other_query(weights, here.qk, query, asks),

@@ -12,11 +12,11 @@ import plotly.graph_objects as go
 from rich.console import Console
 from rich.markup import escape
 
+from circuits_jax.heads.claim_verdicts import PREDICATES
 from circuits_jax.reports import page, plots
 from circuits_jax.reports.console import print_table
 
 OUTCOMES = ("supported", "undetermined", "not supported")  # in the order in which they are shown
-PREDICATES = ("task", "QK", "OV", "attends", "uses QK", "uses OV")
 MARKS = {"yes": "yes", "no": "no", "undetermined": "?"}  # on a terminal
 SIDES = ("qk", "ov")
 WORDS = {True: "yes", False: "no", None: "–"}
@@ -75,14 +75,16 @@ def terminal(console: Console, results: Json) -> None:
 
 VERDICTS = """
 A head is supported in its role when all six predicates hold, not supported when one is shown not to. Task: the right
-answer is preferred. QK and OV: the weights read and write what the role says, beyond permuted labels. Attends:
-attention goes there. Uses QK, uses OV: the logit difference falls when the direction is taken out or swapped. Each with
-its value and, over prompts, its 95 % interval. "Weights alone" is the verdict of QK and OV. "Truth" is measured by
+answer is preferred. QK and OV: the weights read and write what the role says, beyond permuted labels and, where they
+join classes, beyond the same head turned at random. Attends: by how much attention there exceeds that elsewhere and
+chance. Uses QK, uses OV: the share of the logit difference that is lost when the direction is swapped. Each with its
+value and, over prompts, its 95 % interval. "Weights alone" is the verdict of QK and OV. "Truth" is measured by
 other means: real prompts and blocked attention.
 """
 ALIGNMENT = """
-Each statistic, where it has nulls with its p against directions drawn from the covariance of what the layer reads and
-against permuted labels, and its place among the heads of its layer. Directions as heads read them, and as the embedding
+Each statistic, where it has nulls with its p against directions drawn from the covariance of what the layer reads,
+against permuted labels and (of joined classes; else 1) against the head turned at random, and its place among the heads
+of its layer. Directions as heads read them, and as the embedding
 holds them. (E), the causal one, is "uses QK" above.
 """
 EDGES = """
