@@ -8,8 +8,8 @@ import pytest
 
 import circuits_jax as cj
 from circuits_jax.circuits.weights import CircuitWeights
-from circuits_jax.reports import head_spectra
-from circuits_jax.reports.head_spectra import Claimed
+from circuits_jax.reports import head_spectra, reading_table
+from circuits_jax.reports.reading_table import Claimed
 
 L, H, D, K, V, T, N = 2, 3, 24, 4, 40, 10, 600
 KEY = jax.random.key(0)
@@ -150,15 +150,15 @@ def outcomes(entry):
 
 def test_reading_of_planted_heads(found):
     planted, copying = outcomes(found[PLANTED]), outcomes(found[COPYING])
-    assert planted[head_spectra.OV_ALIGNS] == planted[head_spectra.QK_SIMPLE] == "supported"
-    assert planted[head_spectra.OV_FLAT] == "not supported"
+    assert planted[reading_table.OV_ALIGNS] == planted[reading_table.QK_SIMPLE] == "supported"
+    assert planted[reading_table.OV_FLAT] == "not supported"
     for place in (RANDOM, OTHER):
         random = outcomes(found[place])
-        assert random[head_spectra.OV_ALIGNS] != "supported"
-        assert random[head_spectra.QK_SIMPLE] == "not supported"  # for its rank alone
-    assert copying[head_spectra.OV_FLAT] == "not supported"
+        assert random[reading_table.OV_ALIGNS] != "supported"
+        assert random[reading_table.QK_SIMPLE] == "not supported"  # for its rank alone
+    assert copying[reading_table.OV_FLAT] == "not supported"
     close(found[COPYING]["ov"]["flatness"], 1)
-    assert found[COPYING]["ov"]["copying_score"] > head_spectra.COPIES
+    assert found[COPYING]["ov"]["copying_score"] > reading_table.COPIES
     assert {direction["tied_with"] for direction in found[COPYING]["ov"]["directions"]} == {K - 1}
 
 
@@ -166,15 +166,15 @@ def test_roles_and_order(found):
     assert list(found) == list(CLAIMED)
     assert found[PLANTED]["claimed_as"] == ["mover", "other"]
     assert found[RANDOM]["claimed_as"] == []
-    joint = [row for row in found[PLANTED]["reading"] if row["predicate"] == head_spectra.BOTH_ALIGN]
+    joint = [row for row in found[PLANTED]["reading"] if row["predicate"] == reading_table.BOTH_ALIGN]
     assert [row["outcome"] for row in joint] == ["supported", "not supported"]
-    assert head_spectra.BOTH_ALIGN not in outcomes(found[RANDOM])
+    assert reading_table.BOTH_ALIGN not in outcomes(found[RANDOM])
 
 
 def test_zero_and_broken_heads(found):
     json.dumps(list(found.values()), allow_nan=False)
-    assert outcomes(found[ZERO])[head_spectra.OV_ALIGNS] == outcomes(found[ZERO])[head_spectra.QK_SIMPLE]
-    assert outcomes(found[ZERO])[head_spectra.OV_FLAT] == outcomes(found[ZERO])[head_spectra.OV_ALIGNS]
+    assert outcomes(found[ZERO])[reading_table.OV_ALIGNS] == outcomes(found[ZERO])[reading_table.QK_SIMPLE]
+    assert outcomes(found[ZERO])[reading_table.OV_FLAT] == outcomes(found[ZERO])[reading_table.OV_ALIGNS]
     assert set(outcomes(found[ZERO]).values()) == {"not supported"}
     assert set(outcomes(found[BROKEN]).values()) == {"undetermined"}
     for place in (ZERO, BROKEN):
@@ -289,7 +289,7 @@ def circuit(rank=2.0, share=0.9, p=0.004, written_p=0.004, sigma=1.0, copying=0.
     ],
 )
 def test_reading_table(qk, ov, expected):
-    rows = head_spectra.reading(circuit(**qk), circuit(**ov), [])
+    rows = reading_table.reading(circuit(**qk), circuit(**ov), [])
     assert tuple(row["outcome"] for row in rows) == expected
     assert all(row["evidence"] for row in rows)
 
@@ -304,7 +304,7 @@ def test_reading_table(qk, ov, expected):
     ],
 )
 def test_both_halves_have_to_align_and_to_stand_out(role, expected):
-    assert head_spectra.reading(circuit(), circuit(), [role])[-1]["outcome"] == expected
+    assert reading_table.reading(circuit(), circuit(), [role])[-1]["outcome"] == expected
 
 
 def test_bad_input():

@@ -19,7 +19,7 @@ read them or as the embedding holds them, whichever is clearer (p times two). Ef
 prompts; for a claim that a head works against the answer, by rises.
 
 The limits were fixed on seeds that no report uses; see LOG.md. The null of the covariance takes no part in a verdict
-(see heads/alignment.py), but in the reading table of reports/head_spectra.py.
+(see heads/alignment.py), but in reports/reading_table.py.
 """
 
 import dataclasses

@@ -23,7 +23,8 @@ from circuits_jax.heads.role_rows import Prompts
 from circuits_jax.models.config import TransformerConfig
 from circuits_jax.models.transformer import Params
 from circuits_jax.reports.claim_prompts import Task
-from circuits_jax.reports.head_spectra import Claimed, spectra_of_heads, symmetries, symmetry_rule
+from circuits_jax.reports.head_spectra import spectra_of_heads, symmetries, symmetry_rule
+from circuits_jax.reports.reading_table import Claimed
 from circuits_jax.tasks.ioi import IOI
 
 STATISTICS = {"preference": "preference", "C matching": "matching", "F moves": "moves"}
